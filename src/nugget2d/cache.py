@@ -1,0 +1,161 @@
+"""Nuggets as a transformers KV cache: padding, masks, and where everything stands.
+
+Positions, the choice of this project:
+- A nugget keeps the position of its token. Within a segment that is 0 .. n-1; a memory of several segments is read
+  with each segment's keys rotated to where the segment stands in the text (`KeyRotation`).
+- Reconstruction REWINDS: the input that predicts token t of a segment stands at position t, so a token meets the
+  nugget that carries it at a small, fixed relative distance. It learns faster than going on after the text
+  (docs/LOG.md).
+- Continuation goes on at n, as if the text were there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig
+
+from nugget2d.errors import ModelError
+
+LayerStates = Sequence[Tensor]  # one tensor (B, kv_heads, K, head_dim) per layer
+
+
+@dataclass(frozen=True, eq=False)
+class Nuggets:
+    """A batch of memories as tensors, LEFT-padded to K nuggets with zeros.
+
+    Attributes:
+        keys: per layer (B, kv_heads, K, head_dim), rotated; carries gradient in training.
+        values: the same shape.
+        valid: (B, K) bool, False on the padding; None when nothing is padded.
+        bias: (B, K) float or None: s - stop_gradient(s), the straight-through term of the scorer.
+    """
+
+    keys: LayerStates
+    values: LayerStates
+    valid: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return self.keys[0].shape[2]
+
+    def to_cache(self, config: PreTrainedConfig) -> DynamicCache:
+        """A fresh cache: forward passes append to it, so one is made for every reading."""
+        cache = DynamicCache(config=config)
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            cache.update(keys, values, layer)
+        return cache
+
+
+def gather_nuggets(cache: DynamicCache, index: Tensor, valid: Tensor, bias: Tensor | None = None) -> Nuggets:
+    """The states of the tokens at `index` (B, K) at every layer of `cache`; padding becomes zero."""
+    full = bool(valid.all())
+
+    def pick(states: Tensor) -> Tensor:
+        heads, width = states.shape[1], states.shape[3]
+        picked = states.gather(2, index[:, None, :, None].expand(-1, heads, -1, width))
+        return picked if full else picked * valid[:, None, :, None].to(picked.dtype)
+
+    layers = cache.layers
+    return Nuggets(
+        [pick(layer.keys) for layer in layers],
+        [pick(layer.values) for layer in layers],
+        None if full else valid,
+        bias,
+    )
+
+
+def reading_mask(nuggets: Nuggets, batch: int, queries: int, like: Tensor) -> Tensor | None:
+    """The attention mask of `queries` new tokens over [nuggets, new tokens]; None when nothing must be hidden.
+
+    Without bias a 2D mask (B, K + queries) of ones and zeros. With bias a 4D ADDITIVE FLOAT mask
+    (B, 1, queries, K + queries): the one form through which a gradient reaches the scorer without touching any
+    model code, and the one that both sdpa and eager attention read right.
+    """
+    if nuggets.valid is None and nuggets.bias is None:
+        return None
+    count, device = nuggets.count, like.device
+    valid = torch.ones(batch, count, dtype=torch.bool, device=device) if nuggets.valid is None else nuggets.valid
+    if nuggets.bias is None:
+        return torch.cat([valid, valid.new_ones(batch, queries)], dim=1).long()
+    lowest = torch.finfo(like.dtype).min
+    memory = nuggets.bias.to(like.dtype).masked_fill(~valid, lowest)
+    causal = torch.full((queries, queries), lowest, dtype=like.dtype, device=device).triu(1)
+    return torch.cat([memory[:, None, None, :].expand(-1, 1, queries, -1), causal.expand(batch, 1, -1, -1)], dim=3)
+
+
+class KeyRotation:
+    """Moves stored keys to other positions, exactly as the model's own rotary embedding would.
+
+    Which layers rotate, and how, is FOUND OUT rather than assumed: one token alone is run at two positions. Its
+    attention sees only itself, so a layer's two keys differ by exactly the rotation (rotary layers) or not at all
+    (layers without positions). Anything else is refused: such keys cannot be moved.
+    """
+
+    def __init__(self, body: nn.Module, num_layers: int) -> None:
+        """Probe `body` (a transformers decoder without head), which has `num_layers` layers.
+
+        Raises:
+            ModelError: the keys of some layer depend on the position in another way.
+        """
+        self._rotary = getattr(body, "rotary_emb", None)
+        self._rotates = [False] * num_layers
+        self._probe(body)
+
+    def __call__(self, keys: LayerStates, shift: Tensor) -> list[Tensor]:
+        """Keys (B, kv_heads, K, head_dim) of every layer moved by `shift` (B, K) positions."""
+        if not any(self._rotates):
+            return list(keys)
+        cos, sin = self._angles(shift, keys[0].device)
+        return [_rotate(key, cos, sin) if rotates else key for key, rotates in zip(keys, self._rotates, strict=True)]
+
+    def _angles(self, shift: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._rotary is None:
+            raise ModelError("this model has no rotary embedding whose keys could be moved")
+        cos, sin = self._rotary(torch.zeros(1, device=device), shift.to(device))
+        scaling = getattr(self._rotary, "attention_scaling", 1.0)
+        return cos[:, None] / scaling, sin[:, None] / scaling
+
+    @torch.no_grad()
+    def _probe(self, body: nn.Module) -> None:
+        config, device = body.config, next(body.parameters()).device
+
+        def keys_at(position: int) -> list[Tensor]:
+            cache = DynamicCache(config=config)
+            ids = torch.ones(1, 1, dtype=torch.long, device=device)
+            body(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                position_ids=torch.full_like(ids, position),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            return [layer.keys.float() for layer in cache.layers]
+
+        shift = 37
+        tolerance = 1e-4 if next(body.parameters()).dtype == torch.float32 else 5e-2
+        for layer, (before, after) in enumerate(zip(keys_at(0), keys_at(shift), strict=True)):
+            limit = tolerance * max(1.0, float(before.abs().max()))
+            if (before - after).abs().max() < limit:
+                continue
+            if self._rotary is not None:
+                cos, sin = self._angles(torch.tensor([[shift]]), device)
+                if (_rotate(before, cos, sin) - after).abs().max() < limit:
+                    self._rotates[layer] = True
+                    continue
+            raise ModelError(
+                f"the keys of layer {layer} depend on the position in a way that cannot be re-based; "
+                "this model can read memories of one segment only: compress shorter texts"
+            )
+
+
+def _rotate(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first cos.shape[-1] dimensions of keys, halves paired (the layout of Llama and its kin)."""
+    width = cos.shape[-1]
+    turned, kept = keys[..., :width].float(), keys[..., width:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned.to(keys.dtype), kept], dim=-1)

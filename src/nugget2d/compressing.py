@@ -1,0 +1,127 @@
+"""Texts to memories: cut, batch, encode, keep."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nugget2d import reading
+from nugget2d.config import SelectionName
+from nugget2d.errors import InputError
+from nugget2d.exact import ExactRecord, SegmentPatch, find_patch
+from nugget2d.memory import Memory, Segment
+from nugget2d.segmentation import Piece, split
+from nugget2d.selection import count_nuggets
+from nugget2d.states import States, StoreDtype
+
+if TYPE_CHECKING:
+    from nugget2d.model import Nugget2D
+
+# Tokens of a padded batch: large enough to fill the matrix products, small enough for any machine's memory.
+BATCH_TOKENS = 8192
+
+
+@dataclass
+class _Job:
+    """One piece of a document, its share of the nuggets, and what comes of it."""
+
+    piece: Piece
+    count: int
+    memory: Memory | None = None
+    patch: SegmentPatch = field(default_factory=dict)
+
+
+@torch.no_grad()
+def compress_texts(
+    model: "Nugget2D",
+    texts: Sequence[str],
+    ratio: float,
+    exact: bool,
+    selection: SelectionName,
+    dtype: StoreDtype | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> list[Memory]:
+    """See `Nugget2D.compress`."""
+    documents = [_plan(model, text, ratio, number) for number, text in enumerate(texts)]
+    jobs = [job for document in documents for job in document]
+    store = dtype or ("float32" if model.lm.dtype == torch.float32 else "bfloat16")
+    done = 0
+    for batch in _batches(jobs):
+        _encode(model, batch, selection, store)
+        if exact:
+            _find_patches(model, batch)
+        done += len(batch)
+        if on_progress is not None:
+            on_progress(done, len(jobs))
+    return [_assemble(document, exact) for document in documents]
+
+
+def _plan(model: "Nugget2D", text: str, ratio: float, number: int) -> list[_Job]:
+    pieces = split(model.tokenizer, text, model.config.window)
+    if not pieces:
+        raise InputError(f"text {number} is empty; there is nothing to compress")
+    counts = count_nuggets([len(piece.ids) for piece in pieces], ratio)
+    return [_Job(piece, count) for piece, count in zip(pieces, counts, strict=True)]
+
+
+def _batches(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+    """Jobs of similar length together, at most BATCH_TOKENS with padding."""
+    batch: list[_Job] = []
+    for job in sorted(jobs, key=lambda job: len(job.piece.ids)):
+        if batch and (len(batch) + 1) * len(job.piece.ids) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch
+
+
+def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """(B, n) ids, right-padded with 0."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+
+
+def _encode(model: "Nugget2D", batch: list[_Job], selection: SelectionName, store: StoreDtype) -> None:
+    ids = pad([job.piece.ids for job in batch], model.device)
+    encoded = model.encode(
+        ids, [len(job.piece.ids) for job in batch], [job.count for job in batch], selection=selection
+    )
+    nuggets, index = encoded.nuggets, encoded.index.int().cpu()
+    scores = torch.full(index.shape, torch.nan) if encoded.scores is None else encoded.scores.cpu()
+    keys, values = ([layer.cpu() for layer in states] for states in (nuggets.keys, nuggets.values))
+    for row, job in enumerate(batch):
+        # the padding is on the left: the last `count` slots are the row's own
+        own = slice(index.shape[1] - job.count, None)
+        positions = index[row, own].clone()
+        job.memory = Memory(
+            keys=tuple(States.store(layer[row, :, own].clone(), store) for layer in keys),
+            values=tuple(States.store(layer[row, :, own].clone(), store) for layer in values),
+            local_positions=positions,
+            token_spans=torch.tensor([job.piece.offsets[p] for p in positions.tolist()], dtype=torch.int32)
+            - job.piece.start,
+            scores=scores[row, own].clone(),
+            segments=(Segment(0, len(job.piece.text), len(job.piece.ids), job.count),),
+            fingerprint=model.fingerprint,
+            cache_itemsize=model.lm.dtype.itemsize,
+        )
+
+
+def _find_patches(model: "Nugget2D", batch: list[_Job]) -> None:
+    """One teacher-forced pass over the states as they will be kept: what would greedy decoding miss?"""
+    ids = pad([job.piece.ids for job in batch], model.device)
+    nuggets = reading.segment_nuggets(model, [(job.memory, 0) for job in batch if job.memory is not None])
+    logits = model.decode(nuggets, ids[:, :-1], prompt="reconstruct")
+    for row, job in enumerate(batch):
+        length = len(job.piece.ids)
+        job.patch = find_patch(logits[row, :length], ids[row, :length])
+
+
+def _assemble(document: list[_Job], exact: bool) -> Memory:
+    memory = Memory.join([job.memory for job in document if job.memory is not None])
+    if not exact:
+        return memory
+    record = ExactRecord.make([job.piece.text for job in document], [job.patch for job in document])
+    return replace(memory, exact=record)

@@ -1,0 +1,39 @@
+"""What a Nugget2D is made of, as one frozen record that is saved beside its weights."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Adapters = Literal["lora", "copies"]
+SelectionName = Literal["learned", "window", "even", "random", "punctuation"]
+
+
+class Frozen(BaseModel):
+    """A typed record that cannot change and refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NuggetConfig(Frozen):
+    """The choices that a checkpoint was trained with.
+
+    Attributes:
+        name: how errors and memory files call this model.
+        adapters: "lora" = two low-rank adapters on a frozen base (the published form, Nugget2D section 3);
+            "copies" = the base itself decodes, a full copy of its layers encodes (best for small bases).
+        lora_rank: rank of both adapters; ignored for copies.
+        lora_targets: names of the projections that carry an adapter.
+        scorer_layer: the scorer reads the hidden state after this many layers, adapters off.
+        selection: how nuggets are chosen unless a call says otherwise (see selection.py).
+        window: the longest segment that the model was trained on, in tokens; longer texts are cut.
+        flag: add a learned vector to the input embedding of chosen tokens ("nugget feedback", Nugget, section 3).
+    """
+
+    name: str = "unnamed"
+    adapters: Adapters = "lora"
+    lora_rank: int = Field(32, ge=1)
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj", "o_proj")
+    scorer_layer: int = Field(3, ge=0)
+    selection: SelectionName = "learned"
+    window: int = Field(512, ge=8)
+    flag: bool = True

@@ -1,0 +1,37 @@
+"""Every error a user can cause: one line that says what was wrong, where, and the remedy.
+
+The command line prints the message of a `NuggetError` and exits with 1; anything else is a bug and keeps its
+traceback.
+"""
+
+
+class NuggetError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class InputError(NuggetError):
+    """A text, number or option that cannot be worked with."""
+
+
+class OutputError(NuggetError):
+    """A file could not be written (it exists, the disk is full, the folder is missing)."""
+
+
+class MemoryFileError(NuggetError):
+    """A file is not a memory, is truncated, or fails its checksum."""
+
+
+class ModelError(NuggetError):
+    """A model is unknown, incomplete, or of a kind that cannot be supported."""
+
+
+class MismatchError(NuggetError):
+    """A memory was made by another model than the one asked to read it."""
+
+
+class RecipeError(NuggetError):
+    """A training recipe has a wrong key or value."""
+
+
+class ExactFallbackWarning(UserWarning):
+    """Replay of an exact memory did not verify on this machine; the stored lossless copy was used."""

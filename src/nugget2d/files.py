@@ -1,0 +1,84 @@
+"""Reading text and writing files so that nothing half-written is ever left behind."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from nugget2d.errors import InputError, OutputError
+
+
+@contextmanager
+def atomic_write(path: Path | str, *, force: bool = True) -> Iterator[BinaryIO]:
+    """Yield a binary file that becomes `path` only when the block ends without an error.
+
+    Bytes go to a temporary name in the same folder (a rename is atomic only within a file system), are flushed
+    to disk, then renamed. On any error the temporary file is removed and `path` keeps what it had.
+
+    Raises:
+        OutputError: `path` exists and `force` is false, or the system refuses the write (disk full, no folder).
+    """
+    path = Path(path)
+    check_writable(path, force=force)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def check_writable(path: Path, *, force: bool) -> None:
+    """Refuse early what would fail late: an existing output, a folder in its place, a missing parent."""
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder; give a file name")
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists; pass --force to replace it")
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: folder {path.parent} does not exist; create it first")
+
+
+def decode_text(data: bytes, source: str) -> str:
+    """Bytes to text, newlines kept as they are.
+
+    Raises:
+        InputError: `data` is empty or not UTF-8 (the message gives the offset of the first bad byte).
+    """
+    if not data:
+        raise InputError(f"{source} is empty; there is nothing to compress")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{source} is not UTF-8 (byte {error.start}); convert it first, for example with iconv"
+        ) from error
+
+
+def read_text(path: Path | str) -> str:
+    """Read a UTF-8 file whole, byte for byte (no newline translation).
+
+    Raises:
+        InputError: the file is missing, unreadable, empty or not UTF-8.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    return decode_text(data, str(path))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,30 @@
+"""A digest that tells which model a memory belongs to."""
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from nugget2d.memory import Fingerprint
+
+if TYPE_CHECKING:
+    from nugget2d.model import Nugget2D
+
+# Enough numbers of every tensor to tell any two trainings apart, few enough for a 70B model in seconds.
+_SAMPLES = 1024
+
+
+def fingerprint(model: "Nugget2D") -> Fingerprint:
+    """Digest of the names, shapes and a fixed sample of all weights (as bfloat16), and of the tokenizer.
+
+    Rounding to bfloat16 makes a checkpoint loaded in float32 or bfloat16 the same model.
+    """
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().flatten()
+        step = max(1, flat.numel() // _SAMPLES)
+        sample = flat[::step].to(torch.bfloat16).cpu().contiguous()
+        weights.update(f"{name}{tuple(tensor.shape)}".encode())
+        weights.update(sample.view(torch.uint8).numpy().tobytes())
+    words = hashlib.sha256(model.tokenizer.backend_tokenizer.to_str().encode())
+    return Fingerprint(model.config.name, weights.hexdigest(), words.hexdigest())

@@ -1,0 +1,54 @@
+"""Hidden states of an early layer, without computing the layers after it and without patching any model."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nugget2d.errors import ModelError
+
+
+class _Reached(Exception):
+    """Carries the hidden states out of a forward pass that need not go on."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+def find_layers(lm: PreTrainedModel) -> nn.ModuleList:
+    """The list of transformer layers of a causal LM.
+
+    Raises:
+        ModelError: there is no list of `num_hidden_layers` modules.
+    """
+    wanted = lm.config.get_text_config(decoder=True).num_hidden_layers
+    for module in lm.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+            return module
+    raise ModelError(f"{type(lm).__name__} has no list of its {wanted} layers; it is not a plain decoder")
+
+
+def hidden_after(body: nn.Module, layers: nn.ModuleList, count: int, ids: Tensor) -> Tensor:
+    """(B, n) ids -> (B, n, d) hidden states after the first `count` layers (0: the embeddings).
+
+    Raises:
+        ModelError: the model has fewer layers.
+    """
+    if count > len(layers):
+        raise ModelError(f"scorer_layer is {count}, but the model has {len(layers)} layers; lower it")
+    if count == 0:
+        return body.get_input_embeddings()(ids)
+
+    def stop(module: nn.Module, inputs: Any, output: Any) -> None:
+        raise _Reached(output[0] if isinstance(output, tuple) else output)
+
+    hook = layers[count - 1].register_forward_hook(stop)
+    try:
+        body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except _Reached as reached:
+        return reached.states
+    finally:
+        hook.remove()
+    raise ModelError(f"layer {count - 1} did not run; this architecture skips layers")

@@ -1,0 +1,133 @@
+"""The two parameter sets, encoder and decoder, on top of one base LM, switched by role.
+
+`LoraParameters`: two low-rank adapters on a frozen base (Nugget2D, section 3). `CopiedParameters`: the base itself is
+the decoder and a full copy of its layers is the encoder; token embeddings are shared. No model code is patched.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Literal
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from nugget2d.config import NuggetConfig
+from nugget2d.errors import ModelError
+
+Role = Literal["base", "encoder", "decoder"]
+
+
+class Parameters(nn.Module, ABC):
+    """One causal LM seen in three roles.
+
+    "encoder" computes nuggets, "decoder" reads them, "base" is the LM as it was (adapters off), which feeds the scorer.
+    """
+
+    lm: PreTrainedModel
+
+    @abstractmethod
+    def role(self, role: Role) -> AbstractContextManager[nn.Module]:
+        """A context in which the yielded causal LM (its body, for "encoder") computes with the role's weights."""
+
+    @abstractmethod
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        """What only the encoder trains."""
+
+    @abstractmethod
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        """What only the decoder trains (for copies: the whole base)."""
+
+    @property
+    def body(self) -> nn.Module:
+        """The LM without its head."""
+        return self.lm.base_model
+
+
+class CopiedParameters(Parameters):
+    """Two full sets of layers; the decoder set doubles as the base."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        """Copy the layers of `lm` for the encoder; the embedding matrix stays shared."""
+        super().__init__()
+        self.lm = lm
+        embeddings = lm.get_input_embeddings()
+        self.encoder = copy.deepcopy(lm.base_model, {id(embeddings): embeddings})
+
+    @contextmanager
+    def role(self, role: Role) -> Iterator[nn.Module]:
+        """See `Parameters.role`; nothing has to be switched."""
+        yield self.encoder if role == "encoder" else self.lm
+
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        """The copied layers, without the shared embeddings."""
+        shared = {id(p) for p in self.lm.get_input_embeddings().parameters()}
+        return [p for p in self.encoder.parameters() if id(p) not in shared]
+
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        """The whole base, embeddings included."""
+        return list(self.lm.parameters())
+
+
+class LoraParameters(Parameters):
+    """Adapters named "encoder" and "decoder" injected into a frozen base."""
+
+    def __init__(self, lm: PreTrainedModel, config: NuggetConfig) -> None:
+        """Freeze `lm` and add both adapters to the projections in `config.lora_targets`.
+
+        Raises:
+            ModelError: the base has no module of those names.
+        """
+        super().__init__()
+        self.lm = lm
+        lm.requires_grad_(False)
+        lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=list(config.lora_targets))
+        try:
+            inject_adapter_in_model(lora, lm, adapter_name="encoder")
+            inject_adapter_in_model(lora, lm, adapter_name="decoder")
+        except ValueError as error:
+            raise ModelError(
+                f"no adapter can be put on {type(lm).__name__}: {error}; set lora_targets to its projections"
+            ) from error
+        self._tuners = [module for module in lm.modules() if isinstance(module, BaseTunerLayer)]
+        self._activate("base")
+
+    @contextmanager
+    def role(self, role: Role) -> Iterator[nn.Module]:
+        """See `Parameters.role`; the previous role comes back at the end of the block."""
+        previous = self._role
+        self._activate(role)
+        try:
+            yield self.lm.base_model if role == "encoder" else self.lm
+        finally:
+            self._activate(previous)
+
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        """The weights of adapter "encoder"."""
+        return self._adapter_parameters("encoder")
+
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        """The weights of adapter "decoder"."""
+        return self._adapter_parameters("decoder")
+
+    def _adapter_parameters(self, name: str) -> list[nn.Parameter]:
+        return [p for key, p in self.lm.named_parameters() if f".{name}." in key and "lora_" in key]
+
+    def _activate(self, role: Role) -> None:
+        self._role: Role = role
+        for tuner in self._tuners:
+            if role == "base":
+                tuner.enable_adapters(False)
+            else:
+                tuner.enable_adapters(True)
+                tuner.set_adapter(role)
+            # set_adapter and enable_adapters freeze the other adapter: both must keep their gradients
+            tuner.set_requires_grad(["encoder", "decoder"], True)
+
+
+def make_parameters(lm: PreTrainedModel, config: NuggetConfig) -> Parameters:
+    """The parameter sets that `config.adapters` asks for."""
+    return CopiedParameters(lm) if config.adapters == "copies" else LoraParameters(lm, config)

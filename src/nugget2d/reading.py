@@ -1,0 +1,246 @@
+"""Reading memories: give the text back, continue from it, score a continuation."""
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TextIteratorStreamer
+
+from nugget2d.cache import Nuggets
+from nugget2d.errors import ExactFallbackWarning, InputError
+from nugget2d.exact import digest
+from nugget2d.memory import Memory
+from nugget2d.parameters import Role
+from nugget2d.states import States
+
+if TYPE_CHECKING:
+    from nugget2d.model import Nugget2D
+
+# Segments decoded side by side.
+BATCH_ROWS = 64
+
+SegmentRef = tuple[Memory, int]  # a memory and the number of one of its segments
+
+
+def segment_nuggets(model: "Nugget2D", rows: Sequence[SegmentRef]) -> Nuggets:
+    """One segment of one memory in each row, left-padded, keys at segment-local positions."""
+    slices = [_segment_slice(memory, number) for memory, number in rows]
+    widest = max(part.stop - part.start for part in slices)
+
+    def stack(layers: Sequence[Sequence[States]]) -> list[Tensor]:
+        stacked = []
+        for layer in range(len(layers[0])):
+            parts = []
+            for states, part in zip((states[layer] for states in layers), slices, strict=True):
+                scale = None if states.scale is None else states.scale[:, part]
+                rows = States(states.data[:, part], scale).restore()
+                parts.append(torch.nn.functional.pad(rows, (0, 0, widest - rows.shape[1], 0)))
+            stacked.append(torch.stack(parts).to(model.device, model.lm.dtype))
+        return stacked
+
+    counts = torch.tensor([part.stop - part.start for part in slices], device=model.device)
+    valid = torch.arange(widest, device=model.device) >= widest - counts[:, None]
+    return Nuggets(
+        stack([memory.keys for memory, _ in rows]),
+        stack([memory.values for memory, _ in rows]),
+        None if bool(valid.all()) else valid,
+    )
+
+
+def text_nuggets(model: "Nugget2D", memory: Memory) -> Nuggets:
+    """A whole memory as one row, every segment's keys rotated to where it stands in the text."""
+    memory.require(model.fingerprint)
+    device, dtype = model.device, model.lm.dtype
+    keys = [states.restore()[None].to(device) for states in memory.keys]
+    if len(memory.segments) > 1:
+        shift = torch.tensor([memory.positions]) - memory.local_positions
+        keys = model.rotation(keys, shift)
+    return Nuggets(
+        [layer.to(dtype) for layer in keys],
+        [states.restore()[None].to(device, dtype) for states in memory.values],
+    )
+
+
+@torch.no_grad()
+def reconstruct_ids(
+    model: "Nugget2D",
+    memories: Sequence[Memory],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[list[list[int]]]:
+    """Tokens of every segment of every memory, by greedy decoding (with the patch of exact memories)."""
+    for memory in memories:
+        memory.require(model.fingerprint)
+    jobs = [(m, s) for m, memory in enumerate(memories) for s in range(len(memory.segments))]
+    jobs.sort(key=lambda job: memories[job[0]].segments[job[1]].num_tokens)
+    result: list[list[list[int]]] = [[[] for _ in memory.segments] for memory in memories]
+    for start in range(0, len(jobs), BATCH_ROWS):
+        batch = jobs[start : start + BATCH_ROWS]
+        for (m, s), ids in zip(batch, _replay(model, [(memories[m], s) for m, s in batch]), strict=True):
+            result[m][s] = ids
+        if on_progress is not None:
+            on_progress(min(start + BATCH_ROWS, len(jobs)), len(jobs))
+    return result
+
+
+def reconstruct_texts(
+    model: "Nugget2D", memories: Sequence[Memory], on_progress: Callable[[int, int], None] | None
+) -> list[str]:
+    """See `Nugget2D.reconstruct`."""
+    rows = reconstruct_ids(model, memories, on_progress)
+    texts = []
+    for memory, segments in zip(memories, rows, strict=True):
+        parts = [model.text(ids) for ids in segments]
+        texts.append("".join(parts if memory.exact is None else _verified(memory, parts)))
+    return texts
+
+
+def _verified(memory: Memory, parts: list[str]) -> list[str]:
+    """The parts of an exact memory; those that do not match their digest come from the lossless copy."""
+    record = memory.exact
+    if record is None:
+        return parts
+    wrong = [number for number, part in enumerate(parts) if digest(part) != record.digests[number]]
+    if not wrong:
+        return parts
+    warnings.warn(
+        f"{len(wrong)} of {len(parts)} segments did not replay exactly on this machine; "
+        "their text was taken from the lossless copy in the memory",
+        ExactFallbackWarning,
+        stacklevel=4,
+    )
+    text = record.text()
+    for number in wrong:
+        segment = memory.segments[number]
+        parts[number] = text[segment.start : segment.end]
+    return parts
+
+
+def _replay(model: "Nugget2D", rows: Sequence[SegmentRef]) -> list[list[int]]:
+    """Greedy decoding of one segment a row; where the row has a patch, its token goes instead of the guess."""
+    lengths = [memory.segments[number].num_tokens for memory, number in rows]
+    steps = max(lengths)
+    forced = torch.full((len(rows), steps), -1, dtype=torch.long)
+    for row, (memory, number) in enumerate(rows):
+        if memory.exact is not None:
+            for index, token in memory.exact.patches[number].items():
+                forced[row, index] = token
+    forced = forced.to(model.device)
+    nuggets = segment_nuggets(model, rows)
+    cache = nuggets.to_cache(model.lm.config)
+    embeds = model.prompt("reconstruct", len(rows)).to(model.lm.dtype)
+    output = torch.empty_like(forced)
+    with model.parameters_by_role.role("decoder") as lm:
+        for step in range(steps):
+            mask = None
+            if nuggets.valid is not None:
+                mask = torch.nn.functional.pad(nuggets.valid, (0, step + 1), value=True).long()
+            logits = lm(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=torch.full((len(rows), 1), step, device=model.device),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+            token = torch.where(forced[:, step] >= 0, forced[:, step], logits.argmax(-1))
+            output[:, step] = token
+            embeds = model.embed(token[:, None])
+    return [ids[:length] for ids, length in zip(output.tolist(), lengths, strict=True)]
+
+
+def generate(
+    model: "Nugget2D",
+    prompt: str,
+    memory: Memory | None,
+    max_new_tokens: int,
+    stream: bool,
+    options: dict[str, Any],
+) -> str | Iterator[str]:
+    """See `Nugget2D.generate`."""
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    inputs = _generation_inputs(model, prompt, memory)
+    eos = model.tokenizer.eos_token_id
+    arguments = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": eos, **inputs, **options}
+    role: Role = "base" if memory is None else "decoder"
+
+    @torch.no_grad()
+    def run(**extra: Any) -> Tensor:
+        with model.parameters_by_role.role(role) as lm:
+            return lm.generate(**arguments, **extra)
+
+    if not stream:
+        return model.tokenizer.decode(run()[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    streamer = TextIteratorStreamer(model.tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return _stream(run, streamer)
+
+
+def _stream(run: Callable[..., Tensor], streamer: TextIteratorStreamer) -> Iterator[str]:
+    """Pieces of text as a thread generates them; its error, if any, is raised here."""
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            run(streamer=streamer)
+        except BaseException as error:
+            failure.append(error)
+            streamer.end()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    yield from (piece for piece in streamer if piece)
+    thread.join()
+    if failure:
+        raise failure[0]
+
+
+def _generation_inputs(model: "Nugget2D", prompt: str, memory: Memory | None) -> dict[str, Any]:
+    """What transformers' generate needs to go on from a cache: embeddings, mask AND positions of length K + q.
+
+    Leaving out the mask or the positions gives wrong text without an error; the embeddings of the K cached
+    slots are never looked at.
+    """
+    ids = model.ids(prompt)
+    if memory is None:
+        if not prompt:
+            raise InputError("nothing to continue: give a prompt or a memory")
+        if model.start_token is not None:
+            ids = torch.cat([torch.full_like(ids[:, :1], model.start_token), ids], dim=1)
+        embeds = model.embed(ids)
+        return {"inputs_embeds": embeds, "attention_mask": embeds.new_ones(embeds.shape[:2]).long()}
+    nuggets = text_nuggets(model, memory)
+    embeds = torch.cat([model.prompt("continue", 1).to(model.lm.dtype), model.embed(ids)], dim=1)
+    positions = memory.num_tokens + torch.arange(-nuggets.count, embeds.shape[1], device=model.device)
+    embeds = torch.nn.functional.pad(embeds, (0, 0, nuggets.count, 0))
+    return {
+        "inputs_embeds": embeds,
+        "attention_mask": embeds.new_ones(embeds.shape[:2]).long(),
+        "position_ids": positions[None],
+        "past_key_values": nuggets.to_cache(model.lm.config),
+    }
+
+
+def score(model: "Nugget2D", text: str, memory: Memory | None) -> float:
+    """See `Nugget2D.score`."""
+    from nugget2d.model import token_losses
+
+    ids = model.ids(text)
+    if memory is not None:
+        nuggets = text_nuggets(model, memory)
+        if not ids.numel():
+            raise InputError("nothing to score: the text is empty")
+        logits = model.decode(nuggets, ids[:, :-1], prompt="continue", start=memory.num_tokens)
+        return float(token_losses(logits, ids).mean())
+    if model.start_token is not None:
+        ids = torch.cat([torch.full_like(ids[:, :1], model.start_token), ids], dim=1)
+    if ids.shape[1] < 2:
+        raise InputError("nothing to score: the text is empty or a single token that nothing predicts")
+    logits = model.decode(None, ids[:, :-1], prompt=None)
+    return float(token_losses(logits, ids[:, 1:]).mean())
+
+
+def _segment_slice(memory: Memory, number: int) -> slice:
+    start = sum(segment.num_nuggets for segment in memory.segments[:number])
+    return slice(start, start + memory.segments[number].num_nuggets)

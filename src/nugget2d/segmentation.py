@@ -1,0 +1,105 @@
+"""Text to tokens, and long texts to segments that a model was trained to compress."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from nugget2d.errors import InputError
+
+_CLOSERS = "\"')]}»”’"
+_SENTENCE_ENDS = ".!?…。！？"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch `text` of a document, starting at character `start`, as token `ids` with character `offsets`.
+
+    Offsets are relative to the whole document.
+    """
+
+    text: str
+    start: int
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of `text` and the characters [start, end) of each.
+
+    Nothing is added, and literal strings such as "</s>" are ordinary text, never special tokens.
+
+    Raises:
+        InputError: `text` holds lone surrogates, which no UTF-8 file can contain.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text has a lone surrogate at character {error.start}, which UTF-8 cannot hold; "
+            "decode the source with the right encoding"
+        ) from error
+    encoded = tokenizer(
+        text,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def detokenize(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of `ids`, spaces untouched."""
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def split(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> list[Piece]:
+    """Cut `text` into pieces of at most about `window` tokens whose texts concatenate to `text`.
+
+    A cut prefers the last sentence end in the second half of the window, then a line end, a space, any character
+    border. Each piece is tokenized by itself, so it can come out a token or two longer than `window` where a cut
+    changes how its neighbours merge. Linear in the text.
+    """
+    ids, offsets = tokenize(tokenizer, text)
+    if len(ids) <= window:
+        return [Piece(text, 0, ids, offsets)] if ids else []
+    pieces: list[Piece] = []
+    start = 0
+    for end in _cuts(text, offsets, window):
+        part = text[start:end]
+        part_ids, part_offsets = tokenize(tokenizer, part)
+        pieces.append(Piece(part, start, part_ids, [(a + start, b + start) for a, b in part_offsets]))
+        start = end
+    return pieces
+
+
+def _cuts(text: str, offsets: Sequence[tuple[int, int]], window: int) -> list[int]:
+    cuts: list[int] = []
+    first = 0
+    while len(offsets) - first > window:
+        best, best_rank = first + window, -1
+        for index in range(first + window, first + window // 2, -1):
+            # tokens that share a character (bytes of one emoji) must stay together
+            if offsets[index][0] < offsets[index - 1][1]:
+                continue
+            rank = _rank(text, offsets[index][0])
+            if rank > best_rank:
+                best, best_rank = index, rank
+        if best_rank < 0:
+            raise InputError(f"one character near {offsets[first][0]} takes more than {window // 2} tokens")
+        cuts.append(offsets[best][0])
+        first = best
+    return [*cuts, len(text)]
+
+
+def _rank(text: str, cut: int) -> int:
+    """How good a place to cut: 3 after a sentence, 2 at a line end, 1 between words, 0 inside one."""
+    before, after = text[cut - 1], text[cut]
+    if before == "\n" or after == "\n":
+        return 2
+    if after.isspace() or before.isspace():
+        head = text[max(0, cut - 8) : cut].rstrip().rstrip(_CLOSERS)
+        return 3 if head and head[-1] in _SENTENCE_ENDS else 1
+    return 3 if before in "。！？" else 0
