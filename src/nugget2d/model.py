@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -369,8 +368,3 @@ class Encoded:
         self.index = index
         self.valid = valid
         self.scores = scores
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of (B, q, V) logits with (B, q) targets, in nats: (B, q) float32."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)

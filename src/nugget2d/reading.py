@@ -12,6 +12,7 @@ from transformers import TextIteratorStreamer
 from nugget2d.cache import Nuggets
 from nugget2d.errors import ExactFallbackWarning, InputError
 from nugget2d.exact import digest
+from nugget2d.losses import token_losses
 from nugget2d.memory import Memory
 from nugget2d.parameters import Role
 from nugget2d.states import States
@@ -224,8 +225,6 @@ def _generation_inputs(model: "Nugget2D", prompt: str, memory: Memory | None) ->
 
 def score(model: "Nugget2D", text: str, memory: Memory | None) -> float:
     """See `Nugget2D.score`."""
-    from nugget2d.model import token_losses
-
     ids = model.ids(text)
     if memory is not None:
         nuggets = text_nuggets(model, memory)
