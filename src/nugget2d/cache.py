@@ -11,10 +11,12 @@ Positions, the choice of this project:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from nugget2d.errors import ModelError
 
@@ -59,13 +61,14 @@ def gather_nuggets(cache: DynamicCache, index: Tensor, valid: Tensor, bias: Tens
         picked = states.gather(2, index[:, None, :, None].expand(-1, heads, -1, width))
         return picked if full else picked * valid[:, None, :, None].to(picked.dtype)
 
-    layers = cache.layers
-    return Nuggets(
-        [pick(layer.keys) for layer in layers],
-        [pick(layer.values) for layer in layers],
-        None if full else valid,
-        bias,
-    )
+    keys, values = cached_states(cache)
+    return Nuggets(list(map(pick, keys)), list(map(pick, values)), None if full else valid, bias)
+
+
+def cached_states(cache: DynamicCache) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of every layer of a filled cache of full-attention layers."""
+    layers = [cast(DynamicLayer, layer) for layer in cache.layers]
+    return [cast(Tensor, layer.keys) for layer in layers], [cast(Tensor, layer.values) for layer in layers]
 
 
 def reading_mask(nuggets: Nuggets, batch: int, queries: int, like: Tensor) -> Tensor | None:
@@ -95,7 +98,7 @@ class KeyRotation:
     (layers without positions). Anything else is refused: such keys cannot be moved.
     """
 
-    def __init__(self, body: nn.Module, num_layers: int) -> None:
+    def __init__(self, body: PreTrainedModel, num_layers: int) -> None:
         """Probe `body` (a transformers decoder without head), which has `num_layers` layers.
 
         Raises:
@@ -120,7 +123,7 @@ class KeyRotation:
         return cos[:, None] / scaling, sin[:, None] / scaling
 
     @torch.no_grad()
-    def _probe(self, body: nn.Module) -> None:
+    def _probe(self, body: PreTrainedModel) -> None:
         config, device = body.config, next(body.parameters()).device
 
         def keys_at(position: int) -> list[Tensor]:
@@ -133,7 +136,7 @@ class KeyRotation:
                 past_key_values=cache,
                 use_cache=True,
             )
-            return [layer.keys.float() for layer in cache.layers]
+            return [keys.float() for keys in cached_states(cache)[0]]
 
         shift = 37
         tolerance = 1e-4 if next(body.parameters()).dtype == torch.float32 else 5e-2

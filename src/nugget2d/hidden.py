@@ -17,20 +17,20 @@ class _Reached(Exception):
         self.states = states
 
 
-def find_layers(lm: PreTrainedModel) -> nn.ModuleList:
-    """The list of transformer layers of a causal LM.
+def find_layers(lm: PreTrainedModel, body: nn.Module | None = None) -> nn.ModuleList:
+    """The list of transformer layers of a causal LM, or of a copy of its `body`.
 
     Raises:
         ModelError: there is no list of `num_hidden_layers` modules.
     """
     wanted = lm.config.get_text_config(decoder=True).num_hidden_layers
-    for module in lm.base_model.modules():
+    for module in (body or lm.base_model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
             return module
     raise ModelError(f"{type(lm).__name__} has no list of its {wanted} layers; it is not a plain decoder")
 
 
-def hidden_after(body: nn.Module, layers: nn.ModuleList, count: int, ids: Tensor) -> Tensor:
+def hidden_after(body: PreTrainedModel, layers: nn.ModuleList, count: int, ids: Tensor) -> Tensor:
     """(B, n) ids -> (B, n, d) hidden states after the first `count` layers (0: the embeddings).
 
     Raises:

@@ -80,6 +80,7 @@ class Memory:
     exact: ExactRecord | None = None
 
     def __repr__(self) -> str:
+        """Tokens, nuggets, ratio, bytes and model on one line."""
         return (
             f"Memory({self.num_tokens} tokens -> {self.num_nuggets} nuggets, {self.ratio:.1f}x, "
             f"{self.nbytes:,} bytes as {self.dtype}, model {self.fingerprint.name!r})"

@@ -8,7 +8,7 @@ evaluation use too. What users call is built from them: `compress` (compressing.
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +48,13 @@ class Nugget2D(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.parameters_by_role = make_parameters(lm, config)
-        width = lm.get_input_embeddings().weight.shape[1]
-        self.scorer = Scorer(width)
+        embeddings = self._embeddings.weight.detach()
+        width = embeddings.shape[1]
+        self.scorer = Scorer(width).to(embeddings.device)
         # A soft prompt starts like an average token; the flag at zero, so that it disturbs nothing until trained.
-        start = lm.get_input_embeddings().weight.detach().float().mean(0)
+        start = embeddings.float().mean(0)
         self.prompts = nn.ParameterDict({name: start.clone() for name in ("reconstruct", "continue")})
-        self.flag = nn.Parameter(torch.zeros(width)) if config.flag else None
+        self.flag = nn.Parameter(torch.zeros_like(start)) if config.flag else None
         self.eval()
 
     @classmethod
@@ -106,17 +107,35 @@ class Nugget2D(nn.Module):
             default_name = str(base)
         limit = getattr(lm.config, "max_position_embeddings", None) or 512
         fields = {"name": default_name, "window": min(512, limit), "adapters": adapters} | options
-        return cls(lm, tokenizer, NuggetConfig(**fields))
+        return cls(lm, tokenizer, NuggetConfig.model_validate(fields))
 
     # ---- what users call ----
 
     @overload
-    def compress(self, text: str, *, ratio: float = ..., **options: Any) -> Memory: ...
-    @overload
-    def compress(self, text: Sequence[str], *, ratio: float = ..., **options: Any) -> list[Memory]: ...
     def compress(
         self,
-        text: str | Sequence[str],
+        text: str,
+        *,
+        ratio: float = ...,
+        exact: bool = ...,
+        selection: SelectionName | None = ...,
+        dtype: StoreDtype | None = ...,
+        on_progress: Callable[[int, int], None] | None = ...,
+    ) -> Memory: ...
+    @overload
+    def compress(
+        self,
+        text: list[str] | tuple[str, ...],
+        *,
+        ratio: float = ...,
+        exact: bool = ...,
+        selection: SelectionName | None = ...,
+        dtype: StoreDtype | None = ...,
+        on_progress: Callable[[int, int], None] | None = ...,
+    ) -> list[Memory]: ...
+    def compress(
+        self,
+        text: str | list[str] | tuple[str, ...],
         *,
         ratio: float = 20,
         exact: bool = False,
@@ -147,9 +166,11 @@ class Nugget2D(nn.Module):
         return memories[0] if isinstance(text, str) else memories
 
     @overload
-    def reconstruct(self, memory: Memory, **options: Any) -> str: ...
+    def reconstruct(self, memory: Memory, *, on_progress: Callable[[int, int], None] | None = ...) -> str: ...
     @overload
-    def reconstruct(self, memory: Sequence[Memory], **options: Any) -> list[str]: ...
+    def reconstruct(
+        self, memory: Sequence[Memory], *, on_progress: Callable[[int, int], None] | None = ...
+    ) -> list[str]: ...
     def reconstruct(
         self, memory: Memory | Sequence[Memory], *, on_progress: Callable[[int, int], None] | None = None
     ) -> str | list[str]:
@@ -167,12 +188,28 @@ class Nugget2D(nn.Module):
 
     @overload
     def generate(
-        self, prompt: str = ..., *, memory: Memory | None = ..., stream: Literal[False] = ..., **options: Any
+        self,
+        prompt: str = ...,
+        *,
+        memory: Memory | None = ...,
+        max_new_tokens: int = ...,
+        stream: Literal[False] = ...,
+        **options: Any,
     ) -> str: ...
     @overload
     def generate(
-        self, prompt: str = ..., *, memory: Memory | None = ..., stream: Literal[True], **options: Any
+        self,
+        prompt: str = ...,
+        *,
+        memory: Memory | None = ...,
+        max_new_tokens: int = ...,
+        stream: Literal[True],
+        **options: Any,
     ) -> Iterator[str]: ...
+    @overload
+    def generate(
+        self, prompt: str = ..., *, memory: Memory | None = ..., max_new_tokens: int = ..., stream: bool, **options: Any
+    ) -> str | Iterator[str]: ...
     def generate(
         self,
         prompt: str = "",
@@ -222,15 +259,19 @@ class Nugget2D(nn.Module):
         """Where the weights are."""
         return self.lm.device
 
+    @property
+    def _embeddings(self) -> nn.Embedding:
+        return cast(nn.Embedding, self.lm.get_input_embeddings())
+
     def embed(self, ids: Tensor) -> Tensor:
         """(B, n) ids -> (B, n, d) input embeddings."""
-        return self.lm.get_input_embeddings()(ids)
+        return self._embeddings(ids)
 
     @torch.no_grad()
     def token_features(self, ids: Tensor) -> Tensor:
-        """(B, n) ids -> (B, n, d) what the scorer reads: hidden states after `config.scorer_layer` layers of the base."""
+        """(B, n) ids -> (B, n, d) what the scorer reads: states after `config.scorer_layer` layers of the base."""
         with self.parameters_by_role.role("base") as lm:
-            return hidden_after(lm.base_model, find_layers(lm), self.config.scorer_layer, ids)
+            return hidden_after(self.parameters_by_role.body, find_layers(lm), self.config.scorer_layer, ids)
 
     def token_scores(self, ids: Tensor) -> Tensor:
         """(B, n) ids -> (B, n) scores, float32; gradient reaches the scorer, not the base."""
@@ -338,7 +379,7 @@ class Nugget2D(nn.Module):
     @cached_property
     def _delimiters(self) -> Tensor:
         """(vocabulary,) bool: the token ends a clause."""
-        size = self.lm.get_input_embeddings().weight.shape[0]
+        size = self._embeddings.weight.shape[0]
         texts = [self.text([token]) for token in range(min(size, len(self.tokenizer)))]
         flags = [text.endswith("\n") or text.strip()[-1:] in set(".,;:!?") - {""} for text in texts]
         return torch.tensor(flags + [False] * (size - len(flags)), device=self.device)

@@ -8,7 +8,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal
+from typing import Literal, cast
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -30,7 +30,7 @@ class Parameters(nn.Module, ABC):
     lm: PreTrainedModel
 
     @abstractmethod
-    def role(self, role: Role) -> AbstractContextManager[nn.Module]:
+    def role(self, role: Role) -> AbstractContextManager[PreTrainedModel]:
         """A context in which the yielded causal LM (its body, for "encoder") computes with the role's weights."""
 
     @abstractmethod
@@ -42,9 +42,9 @@ class Parameters(nn.Module, ABC):
         """What only the decoder trains (for copies: the whole base)."""
 
     @property
-    def body(self) -> nn.Module:
+    def body(self) -> PreTrainedModel:
         """The LM without its head."""
-        return self.lm.base_model
+        return cast(PreTrainedModel, self.lm.base_model)
 
 
 class CopiedParameters(Parameters):
@@ -55,10 +55,10 @@ class CopiedParameters(Parameters):
         super().__init__()
         self.lm = lm
         embeddings = lm.get_input_embeddings()
-        self.encoder = copy.deepcopy(lm.base_model, {id(embeddings): embeddings})
+        self.encoder = copy.deepcopy(self.body, {id(embeddings): embeddings})
 
     @contextmanager
-    def role(self, role: Role) -> Iterator[nn.Module]:
+    def role(self, role: Role) -> Iterator[PreTrainedModel]:
         """See `Parameters.role`; nothing has to be switched."""
         yield self.encoder if role == "encoder" else self.lm
 
@@ -96,12 +96,12 @@ class LoraParameters(Parameters):
         self._activate("base")
 
     @contextmanager
-    def role(self, role: Role) -> Iterator[nn.Module]:
+    def role(self, role: Role) -> Iterator[PreTrainedModel]:
         """See `Parameters.role`; the previous role comes back at the end of the block."""
         previous = self._role
         self._activate(role)
         try:
-            yield self.lm.base_model if role == "encoder" else self.lm
+            yield self.body if role == "encoder" else self.lm
         finally:
             self._activate(previous)
 

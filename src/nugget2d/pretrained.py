@@ -48,7 +48,8 @@ def resolve(name: str | Path) -> Path:
         except Exception as error:  # whatever the hub client raises: offline, unknown, gated
             raise ModelError(f"cannot get model {name!r} from the hub: {error}") from error
     raise ModelError(
-        f"unknown model {str(name)!r}: not bundled ({', '.join(bundled_models()) or 'none'}), not a folder, not a hub id"
+        f"unknown model {str(name)!r}: not bundled ({', '.join(bundled_models()) or 'none'}), "
+        "not a folder, not a hub id"
     )
 
 

@@ -3,7 +3,7 @@
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -126,8 +126,8 @@ def _replay(model: "Nugget2D", rows: Sequence[SegmentRef]) -> list[list[int]]:
     forced = torch.full((len(rows), steps), -1, dtype=torch.long)
     for row, (memory, number) in enumerate(rows):
         if memory.exact is not None:
-            for index, token in memory.exact.patches[number].items():
-                forced[row, index] = token
+            for index, patched in memory.exact.patches[number].items():
+                forced[row, index] = patched
     forced = forced.to(model.device)
     nuggets = segment_nuggets(model, rows)
     cache = nuggets.to_cache(model.lm.config)
@@ -170,10 +170,11 @@ def generate(
     @torch.no_grad()
     def run(**extra: Any) -> Tensor:
         with model.parameters_by_role.role(role) as lm:
-            return lm.generate(**arguments, **extra)
+            return cast(Tensor, cast(Any, lm).generate(**arguments, **extra))
 
     if not stream:
-        return model.tokenizer.decode(run()[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = model.tokenizer.decode(run()[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return cast(str, text)
     streamer = TextIteratorStreamer(model.tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return _stream(run, streamer)
 

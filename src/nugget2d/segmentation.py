@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -52,7 +53,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], 
 
 def detokenize(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Text of `ids`, spaces untouched."""
-    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return cast(str, tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def split(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> list[Piece]:
