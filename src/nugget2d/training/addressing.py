@@ -1,0 +1,78 @@
+"""A start from which heads already address slots by distance (slots.py), instead of having to find it out.
+
+With a bias b(0) on all keys and b(o) on a query, where b(o) holds amplitude * (cos, sin)(o * frequency), the rotary
+embedding makes the attention logit a function of distance alone that peaks at o, whatever the tokens are. In the
+encoder, the query of a NUGGET moves from b(0) ("look at yourself") to its slot's distance along the direction of the
+nugget flag; the decoder's queries point at their slot from the start. Everything stays trainable.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from nugget2d.errors import RecipeError
+from nugget2d.model import Nugget2D
+from nugget2d.selection import even_ends
+from nugget2d.training.slots import slot_layout
+
+PEAK = 40.0  # logit at the addressed distance
+FLAG_SCALE = 2.0  # norm of the flag, in norms of an average embedding
+GROWTH = 1.5  # each encoder layer writes so much louder than the one before it, over what that has written
+
+
+@torch.no_grad()
+def address_slots(model: Nugget2D, ids: Tensor) -> None:
+    """Set flag, biases and the flag's effect on encoder queries.
+
+    Args:
+        model: two copies of a Llama-shaped LM with attention biases and a flag, not yet trained as a compressor.
+        ids: (B, n) sample text, to measure how strongly the flag shows in the input of each layer.
+
+    Raises:
+        RecipeError: a model without biases, rotary embedding or flag.
+    """
+    layout = slot_layout(model)
+    rotary = getattr(model.lm.base_model, "rotary_emb", None)
+    if rotary is None or model.flag is None or layout.encoder[0].self_attn.q_proj.bias is None:
+        raise RecipeError("`addressing` needs rotary embeddings, `attention_bias: true` and the nugget flag")
+    frequencies = rotary.inv_freq
+    # high frequencies tell neighbours apart, low ones keep far distances from aliasing
+    share = frequencies.clamp(min=0.03).sqrt()
+    amplitude = (PEAK * share / share.sum() * layout.head_dim**0.5).sqrt()
+
+    def point(distance: float) -> Tensor:
+        return torch.cat([amplitude * (distance * frequencies).cos(), amplitude * (distance * frequencies).sin()])
+
+    spread = model.lm.get_input_embeddings().weight.std()
+    flag = torch.randn_like(model.flag)
+    model.flag.copy_(flag * FLAG_SCALE * spread)
+    direction = flag / flag.norm()
+    for number, (encoder, decoder) in enumerate(zip(layout.encoder, layout.decoder, strict=True)):
+        attention, reader = encoder.self_attn, decoder.self_attn
+        distances = layout.distances(max(number, 1))
+        attention.k_proj.bias.add_(point(0).repeat(layout.heads))
+        attention.q_proj.bias.add_(point(0).repeat(layout.heads))
+        reader.q_proj.bias.add_(torch.cat([point(float(d)) for d in distances]))
+        if number:
+            attention.o_proj.weight.mul_(GROWTH**number)
+    for number in range(len(layout.encoder) - 1):
+        attention = layout.encoder[number].self_attn
+        seen = _flag_contrast(model, attention.q_proj, direction, ids)
+        for head, distance in enumerate(layout.distances(number + 1).tolist()):
+            rows = slice(head * layout.head_dim, (head + 1) * layout.head_dim)
+            attention.q_proj.weight[rows] += torch.outer((point(-distance) - point(0)) / seen, direction)
+
+
+def _flag_contrast(model: Nugget2D, projection: nn.Module, direction: Tensor, ids: Tensor) -> Tensor:
+    """How much further inputs of `projection` lie along `direction` for nuggets than for other tokens."""
+    caught: list[Tensor] = []
+    hook = projection.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
+    batch, length = ids.shape
+    count = max(1, length // 16)
+    try:
+        model.encode(ids, [length] * batch, [count] * batch, selection="even")
+    finally:
+        hook.remove()
+    along = caught[0] @ direction
+    chosen = torch.zeros(length, dtype=torch.bool, device=ids.device)
+    chosen[even_ends(length, count)] = True
+    return along[:, chosen].mean() - along[:, ~chosen].mean()

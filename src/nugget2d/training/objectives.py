@@ -1,0 +1,76 @@
+"""The losses: autoencoding, continuation and plain language modelling (Nugget2D, sections 3 and 4).
+
+All take (B, n) ids on the model's device and return mean nats per token.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nugget2d.cache import Nuggets
+from nugget2d.config import SelectionName
+from nugget2d.losses import token_losses
+from nugget2d.model import Encoded, Nugget2D
+
+
+def reconstruct_loss(
+    model: Nugget2D, ids: Tensor, count: int, selection: SelectionName, generator: torch.Generator
+) -> tuple[Tensor, Encoded]:
+    """Autoencoding: predict every token of a window from its `count` nuggets."""
+    batch, length = ids.shape
+    encoded = model.encode(ids, [length] * batch, [count] * batch, selection=selection, generator=generator)
+    logits = model.decode(encoded.nuggets, ids[:, :-1], prompt="reconstruct")
+    return token_losses(logits, ids).mean(), encoded
+
+
+def continue_loss(
+    model: Nugget2D,
+    ids: Tensor,
+    segments: int,
+    length: int,
+    count: int,
+    selection: SelectionName,
+    generator: torch.Generator,
+) -> Tensor:
+    """Continuation: `segments` windows of `length` tokens are compressed one by one to `count` nuggets each and joined;
+    predict what follows them."""
+    batch = len(ids)
+    context, target = ids[:, : segments * length], ids[:, segments * length :]
+    rows = context.reshape(batch * segments, length)
+    encoded = model.encode(rows, [length] * len(rows), [count] * len(rows), selection=selection, generator=generator)
+    nuggets = join_rows(model, encoded.nuggets, batch, segments, length)
+    logits = model.decode(nuggets, target[:, :-1], prompt="continue", start=segments * length)
+    return token_losses(logits, target).mean()
+
+
+def lm_loss(model: Nugget2D, ids: Tensor) -> Tensor:
+    """Plain language modelling by the base."""
+    return token_losses(model.decode(None, ids[:, :-1], prompt=None), ids[:, 1:]).mean()
+
+
+def join_rows(model: Nugget2D, nuggets: Nuggets, batch: int, segments: int, length: int) -> Nuggets:
+    """Rows (batch * segments) of equal length as (batch) memories of consecutive segments, keys rotated into place."""
+    if segments == 1:
+        return nuggets
+
+    def merge(states: Tensor) -> Tensor:
+        _, heads, count, width = states.shape
+        rows = states.view(batch, segments, heads, count, width).transpose(1, 2)
+        return rows.reshape(batch, heads, segments * count, width)
+
+    shift = torch.arange(segments, device=nuggets.keys[0].device).repeat(batch) * length
+    keys = model.rotation(nuggets.keys, shift[:, None].expand(-1, nuggets.count))
+    bias = None if nuggets.bias is None else nuggets.bias.reshape(batch, -1)
+    return replace(nuggets, keys=[merge(k) for k in keys], values=[merge(v) for v in nuggets.values], bias=bias)
+
+
+def recomputed(loss: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """`loss(*arguments)` keeping no activations: the whole pass runs again in the backward pass.
+
+    The encoder's keys and values are inside, so nothing is lost (per-layer checkpointing inside transformers drops the
+    cache).
+    """
+    return checkpoint(loss, *arguments, use_reentrant=False)

@@ -1,0 +1,43 @@
+"""The slot read-out loss: a short gradient path that teaches the encoder what to put where.
+
+For every nugget, layer l >= 1 and head h: the value (head_dim) goes through the decoder's own output projection of that
+head, the final norm and the tied embeddings, as if nothing stood between, and should predict the token at the slot's
+distance (slots.py). The decoder learns to read the same slots by its ordinary loss.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nugget2d.model import Encoded, Nugget2D
+from nugget2d.training.slots import final_norm, slot_layout
+
+
+def readout_loss(model: Nugget2D, encoded: Encoded, ids: Tensor) -> Tensor:
+    """Mean cross-entropy over all slots that lie between a nugget and the one before it.
+
+    Args:
+        model: two copies of a Llama-shaped LM.
+        encoded: the nuggets of `ids`, unpadded.
+        ids: (B, n).
+
+    Logits are taken over the tokens that occur in the batch, not the whole vocabulary: to tell those apart is enough,
+    and several times cheaper.
+    """
+    layout, norm = slot_layout(model), final_norm(model.lm)
+    gaps = torch.diff(encoded.index, prepend=encoded.index.new_full((len(ids), 1), -1), dim=1)
+    words, numbers = torch.unique(ids, return_inverse=True)
+    embeddings = model.embed(words)
+    states, targets = [], []
+    for layer in range(1, len(layout.decoder)):
+        distances = layout.distances(layer).to(ids.device)
+        inside = distances[None, :, None] < gaps[:, None, :]  # (B, heads, K)
+        places = (encoded.index[:, None, :] - distances[None, :, None]).clamp(min=0)
+        wanted = numbers.gather(1, places.flatten(1)).view_as(places)
+        values = encoded.nuggets.values[layer]  # (B, heads, K, head_dim)
+        output = layout.decoder[layer].self_attn.o_proj.weight.view(-1, layout.heads, layout.head_dim)
+        written = torch.einsum("bhkc,dhc->bhkd", values, output.to(values.dtype))
+        states.append(written[inside])
+        targets.append(wanted[inside])
+    logits = F.linear(norm(torch.cat(states)), embeddings)
+    return F.cross_entropy(logits.float(), torch.cat(targets))

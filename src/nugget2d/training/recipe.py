@@ -1,0 +1,198 @@
+"""The schema of a recipe: everything a training run depends on, in one YAML file.
+
+Paths are relative to the recipe's own folder. Unknown keys, wrong types and impossible values are refused by name.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from nugget2d.config import Adapters, Frozen, SelectionName
+from nugget2d.errors import RecipeError
+
+
+class Source(Frozen):
+    """Text to read: a .txt, .jsonl or .jsonl.xz file (or glob); `where` keeps records with these field values."""
+
+    path: str
+    where: dict[str, str] = Field(default_factory=dict)
+    max_chars: int | None = Field(default=None, ge=1)
+
+
+class DataConfig(Frozen):
+    """What to train on and what to hold out; `max_tokens` bounds the packed training ids."""
+
+    train: tuple[Source, ...] = Field(min_length=1)
+    held_out: tuple[Source, ...] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+
+
+class TokenizerConfig(Frozen):
+    """A byte-level BPE trained on the first `sample_chars` characters of each training source."""
+
+    vocab_size: int = Field(ge=300)
+    sample_chars: int = Field(default=20_000_000, ge=1)
+
+
+class ShapeConfig(Frozen):
+    """The small Llama-shaped LM; attention_bias gives every head a content-free way to address positions."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    attention_bias: bool = True
+    max_position_embeddings: int = 32_768
+
+    @model_validator(mode="after")
+    def _divides(self) -> "ShapeConfig":
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError("hidden_size must be an even multiple of num_heads (rotary embeddings pair dimensions)")
+        return self
+
+
+class OptimConfig(Frozen):
+    """AdamW (fused on CUDA): linear warm-up, constant, then linear decay to zero over the last `decay` of the run."""
+
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    warmup_steps: int = Field(default=50, ge=0)
+    decay: float = Field(default=0.4, ge=0, le=1)
+    scorer_lr: float = Field(3e-4, gt=0)
+
+
+class Stage(Frozen):
+    """What both stages share.
+
+    Give exactly one budget: `tokens`, or `minutes` for the same recipe on machines of different speed (the learning
+    rate then follows the clock, so only a budget in tokens makes the very same curve again). A step takes
+    `batch_tokens * accumulate` tokens.
+    """
+
+    tokens: int | None = Field(default=None, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
+    batch_tokens: int = Field(ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    optim: OptimConfig
+    evaluate_every: int = Field(default=500, ge=1)
+    evaluate_windows: int = Field(default=64, ge=1)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "Stage":
+        if (self.tokens is None) == (self.minutes is None):
+            raise ValueError("give exactly one budget: tokens or minutes")
+        return self
+
+
+class PretrainStage(Stage):
+    """Plain language modelling on windows of `window` tokens."""
+
+    window: int = Field(default=128, ge=8)
+
+
+class MixConfig(Frozen):
+    """Share of the micro-batches that each objective gets; they are normalized."""
+
+    reconstruct: float = Field(default=0.8, ge=0)
+    proceed: float = Field(default=0.1, ge=0, alias="continue")
+    lm: float = Field(default=0.1, ge=0)
+
+
+class RatioConfig(Frozen):
+    """Ratios are log-uniform in [low, high]; `high` rises from `start` over the first `ramp` of the run."""
+
+    low: float = Field(default=1.0, ge=1)
+    high: float = Field(default=50.0, ge=1)
+    start: float = Field(default=4.0, ge=1)
+    ramp: float = Field(default=0.4, ge=0, le=1)
+
+
+class CompressStage(Stage):
+    """The compressor: autoencoding, continuation and plain LM, mixed; ratios and lengths sampled.
+
+    Attributes:
+        base: folder or hub id of the LM; None takes the recipe's own, pre-trained or from scratch.
+        windows: segment lengths in tokens -> weight.
+        segments: a continuation's context is 1 .. `segments` windows, compressed one by one and joined.
+        target: tokens to predict in continuation.
+        selections: policy -> weight.
+        readout: weight of the slot read-out loss (readout.py); 0 turns it off.
+        addressing: start with attention biases that address slots by distance (addressing.py).
+        checkpoint_activations: recompute encoder and decoder in the backward pass to save memory.
+    """
+
+    base: str | None = None
+    adapters: Adapters = "copies"
+    lora_rank: int = Field(default=32, ge=1)
+    scorer_layer: int = Field(default=1, ge=0)
+    selection: SelectionName = "even"
+    windows: dict[int, float] = Field(default_factory=lambda: {128: 1.0}, min_length=1)
+    ratios: RatioConfig = RatioConfig()
+    mix: MixConfig = Field(default_factory=lambda: MixConfig.model_validate({}))
+    segments: int = Field(default=4, ge=1)
+    target: int = Field(default=64, ge=1)
+    selections: dict[SelectionName, float] = Field(default_factory=lambda: {"even": 1.0}, min_length=1)
+    readout: float = Field(default=0.0, ge=0)
+    addressing: bool = False
+    checkpoint_activations: bool = False
+
+
+class Recipe(Frozen):
+    """One run: data, an LM from scratch (or a base), and one or two stages."""
+
+    name: str
+    seed: int = 0
+    out: str
+    data: DataConfig
+    tokenizer: TokenizerConfig | None = None
+    model: ShapeConfig | None = None
+    pretrain: PretrainStage | None = None
+    compress: CompressStage | None = None
+    save_minutes: float = Field(default=5.0, gt=0)
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Recipe":
+        if self.pretrain is None and self.compress is None:
+            raise ValueError("nothing to do: give a `pretrain` or a `compress` stage")
+        own_base = self.compress is not None and self.compress.base is not None
+        if own_base and (self.pretrain or self.model or self.tokenizer):
+            raise ValueError("`compress.base` brings its own LM: remove `pretrain`, `model` and `tokenizer`, or `base`")
+        if not own_base and (self.tokenizer is None or self.model is None):
+            raise ValueError("give `tokenizer` and `model` for an LM from scratch, or `compress.base`")
+        return self
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        RecipeError: unreadable, not YAML, or a wrong key or value, named with the remedy.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must be a mapping of keys; see recipes/smoke.yaml")
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: " + "; ".join(_explain(item) for item in error.errors())) from error
+
+
+def _explain(item: Any) -> str:
+    """One validation error as 'key: what is wrong, and the remedy'."""
+    key = ".".join(map(str, item["loc"])) or "recipe"
+    if item["type"] == "extra_forbidden":
+        return f"unknown key `{key}`; remove it or correct its spelling"
+    if item["type"] == "missing":
+        return f"missing key `{key}`; add it"
+    message = item["msg"].removeprefix("Value error, ")
+    return message if key == "recipe" else f"`{key}` is {item['input']!r:.60}: {message}"

@@ -1,0 +1,115 @@
+"""From a recipe file to a trained model folder."""
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from nugget2d.config import NuggetConfig
+from nugget2d.errors import RecipeError
+from nugget2d.model import Nugget2D
+from nugget2d.pretrained import load_base
+from nugget2d.training.addressing import address_slots
+from nugget2d.training.corpus import Pack, make_pack
+from nugget2d.training.loop import fit
+from nugget2d.training.recipe import CompressStage, Recipe, ShapeConfig, load_recipe
+from nugget2d.training.tasks import CompressTask, PretrainTask
+
+
+def train(recipe_path: Path, *, out: Path | None = None, fresh: bool = False) -> Path:
+    """Run every stage of a recipe, going on from its checkpoints; returns the folder with the results.
+
+    The folder gets `pack/` (tokenizer and ids), `pretrain/` and `compress/` (log.jsonl, loss.png, checkpoint.pt),
+    `base/` (the LM alone) and, after the compressor stage, `model/` for `Nugget2D.from_pretrained`.
+
+    Args:
+        recipe_path: the YAML file.
+        out: instead of the recipe's own `out`.
+        fresh: start over, ignoring checkpoints.
+
+    Raises:
+        RecipeError: the recipe or its data is wrong; the message names the key and the remedy.
+    """
+    recipe = load_recipe(recipe_path)
+    home = recipe_path.parent
+    folder = out or home / recipe.out
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(recipe.seed)
+    base = None if recipe.compress is None else recipe.compress.base
+    if base is not None and (home / base).is_dir():
+        base = str(home / base)
+    console = Console(stderr=True)
+    console.print(f"{recipe.name}: {device}, results in {folder}")
+    tokenizer = make_pack(folder / "pack", recipe.data, home, recipe.tokenizer, base)
+    packs = Pack(folder / "pack" / "train.bin"), Pack(folder / "pack" / "held_out.bin")
+    console.print(f"{len(packs[0]):,} training tokens, {len(packs[1]):,} held out")
+    lm = _language_model(recipe, folder, tokenizer, packs, base, device, fresh)
+    if recipe.compress is not None:
+        model = _wrap(lm, tokenizer, recipe, recipe.compress, packs[0])
+        task = CompressTask(model.to(device), recipe.compress, *packs)
+        fit(task, folder / "compress", seed=recipe.seed, save_minutes=recipe.save_minutes, fresh=fresh)
+        model.eval().save_pretrained(folder / "model", dtype=torch.bfloat16)
+    return folder
+
+
+def _language_model(
+    recipe: Recipe,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    packs: tuple[Pack, Pack],
+    base: str | None,
+    device: str,
+    fresh: bool,
+) -> PreTrainedModel:
+    if base is not None:
+        return load_base(base)[0]
+    if recipe.model is None:
+        raise RecipeError("give `model` or `compress.base`")
+    lm = make_lm(recipe.model, tokenizer)
+    lm.to(torch.device(device))
+    if recipe.pretrain is None:
+        return lm
+    task = PretrainTask(lm, recipe.pretrain, *packs)
+    fit(task, folder / "pretrain", seed=recipe.seed, save_minutes=recipe.save_minutes, fresh=fresh)
+    lm.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    return lm
+
+
+def make_lm(shape: ShapeConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """A Llama-shaped LM with random weights and tied embeddings."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_heads,
+            num_key_value_heads=shape.num_heads,
+            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+            attention_bias=shape.attention_bias,
+            max_position_embeddings=shape.max_position_embeddings,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=None,
+        )
+    )
+
+
+def _wrap(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stage: CompressStage, train: Pack
+) -> Nugget2D:
+    config = NuggetConfig(
+        name=recipe.name,
+        adapters=stage.adapters,
+        lora_rank=stage.lora_rank,
+        scorer_layer=stage.scorer_layer,
+        selection=stage.selection,
+        window=max(stage.windows),
+    )
+    model = Nugget2D(lm, tokenizer, config)
+    if stage.addressing:
+        address_slots(model, train.spread(32, min(config.window, 128)).to(model.device))
+    return model

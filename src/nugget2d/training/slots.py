@@ -1,0 +1,63 @@
+"""The slots of a nugget: which head of which layer carries the token at which distance.
+
+A rotary head can attend to a nugget at one relative distance only, so the value of head h at layer l is a slot for one
+token. Layer 0 sees just the nugget's own token; from layer 1 on, slot (l, h) is meant for the token
+(l - 1) * heads + h places before the nugget: L layers of H heads carry (L - 1) * H tokens. Left alone, training fills
+about one layer's worth (docs/LOG.md, the copy-span staircase); read-out loss and addressing make every layer carry its
+share.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from nugget2d.errors import RecipeError
+from nugget2d.hidden import find_layers
+from nugget2d.model import Nugget2D
+from nugget2d.parameters import CopiedParameters
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """The layers of both copies and the numbers that slots are counted by."""
+
+    encoder: list[Any]
+    decoder: list[Any]
+    heads: int
+    head_dim: int
+
+    def distances(self, layer: int) -> torch.Tensor:
+        """(heads,) distance that each head of `layer` >= 1 carries."""
+        return (layer - 1) * self.heads + torch.arange(self.heads)
+
+
+def slot_layout(model: Nugget2D) -> SlotLayout:
+    """The layout of a model made of two copies of a Llama-shaped LM.
+
+    Raises:
+        RecipeError: another kind of model, whose heads cannot be told apart this way.
+    """
+    roles = model.parameters_by_role
+    config = model.lm.config
+    heads = config.num_attention_heads
+    if not isinstance(roles, CopiedParameters) or config.num_key_value_heads != heads:
+        raise RecipeError("`readout` and `addressing` need `adapters: copies` and one key-value head for each head")
+    decoder = list(find_layers(model.lm))
+    encoder = list(find_layers(model.lm, roles.encoder))
+    width = config.hidden_size // heads if config.head_dim is None else config.head_dim
+    return SlotLayout(encoder, decoder, heads, width)
+
+
+def final_norm(lm: PreTrainedModel) -> nn.Module:
+    """The norm before the head.
+
+    Raises:
+        RecipeError: the LM has none under its usual name.
+    """
+    norm = getattr(lm.base_model, "norm", None)
+    if not isinstance(norm, nn.Module):
+        raise RecipeError(f"`readout` needs a Llama-shaped base, {type(lm).__name__} has no final norm")
+    return norm

@@ -1,0 +1,124 @@
+"""What the loop trains: a language model from scratch, or a compressor."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nugget2d.config import SelectionName
+from nugget2d.evaluation.teacher_forced import (
+    continuation_loss,
+    copy_span_profile,
+    lm_loss_per_token,
+    reconstruction_hits,
+)
+from nugget2d.losses import token_losses
+from nugget2d.model import Nugget2D
+from nugget2d.selection import count_nuggets
+from nugget2d.training.corpus import Pack
+from nugget2d.training.objectives import continue_loss, lm_loss, recomputed, reconstruct_loss
+from nugget2d.training.readout import readout_loss
+from nugget2d.training.recipe import CompressStage, PretrainStage
+from nugget2d.training.schedule import choose, sample_ratio
+
+
+class PretrainTask:
+    """Next-token prediction on random windows."""
+
+    name = "pretrain"
+
+    def __init__(self, lm: PreTrainedModel, stage: PretrainStage, train: Pack, held_out: Pack) -> None:
+        """Train `lm` on `train`."""
+        self.module, self.stage = lm, stage
+        self.train, self.held_out = train, held_out
+
+    def groups(self) -> list[dict[str, Any]]:
+        """One group, all weights."""
+        return [{"params": list(self.module.parameters()), "lr": self.stage.optim.lr}]
+
+    def loss(self, progress: float, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Mean loss of a batch of windows."""
+        stage = self.stage
+        ids = self.train.windows(max(1, stage.batch_tokens // stage.window), stage.window, generator)
+        return self._loss(ids), {}
+
+    def evaluate(self) -> dict[str, Any]:
+        """Loss on held-out windows."""
+        windows = self.held_out.spread(self.stage.evaluate_windows, self.stage.window)
+        losses = [float(self._loss(ids)) * len(ids) for ids in windows.split(32)]
+        return {"lm_loss": round(sum(losses) / len(windows), 4)}
+
+    def _loss(self, ids: Tensor) -> Tensor:
+        ids = ids.to(self.module.device)
+        logits = self.module(input_ids=ids[:, :-1], use_cache=False).logits
+        return token_losses(logits, ids[:, 1:]).mean()
+
+
+class CompressTask:
+    """Autoencoding + continuation + plain LM; one objective, length, ratio and policy for each micro-batch."""
+
+    name = "compress"
+
+    def __init__(self, model: Nugget2D, stage: CompressStage, train: Pack, held_out: Pack) -> None:
+        """Train `model` on `train`."""
+        self.model, self.stage, self.train, self.held_out = model, stage, train, held_out
+        self.module: nn.Module = model
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The scorer has its own, lower rate: nothing restrains the scale of its scores."""
+        roles, optim = self.model.parameters_by_role, self.stage.optim
+        small = [*self.model.prompts.parameters(), *([] if self.model.flag is None else [self.model.flag])]
+        main = [*roles.encoder_parameters(), *roles.decoder_parameters(), *small]
+        return [
+            {"params": main, "lr": optim.lr},
+            {"params": list(self.model.scorer.parameters()), "lr": optim.scorer_lr},
+        ]
+
+    def loss(self, progress: float, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Loss of one micro-batch under an objective drawn from the mix."""
+        stage = self.stage
+        length = choose(stage.windows, generator)
+        selection: SelectionName = choose(stage.selections, generator)
+        count = count_nuggets([length], sample_ratio(progress, stage.ratios, generator))[0]
+        objective = choose(
+            {"reconstruct": stage.mix.reconstruct, "continue": stage.mix.proceed, "lm": stage.mix.lm}, generator
+        )
+        if objective == "lm":
+            loss = lm_loss(self.model, self._draw(length, generator))
+        elif objective == "continue":
+            segments = int(torch.randint(1, stage.segments + 1, (1,), generator=generator))
+            ids = self._draw(segments * length + stage.target, generator)
+            arguments = (self.model, ids, segments, length, count, selection, generator)
+            loss = self._run(continue_loss, *arguments)
+        else:
+            loss = self._run(self._reconstruct, self._draw(length, generator), count, selection, generator)
+        return loss, {f"loss_{objective}": float(loss.detach())}
+
+    def _reconstruct(self, ids: Tensor, count: int, selection: SelectionName, generator: torch.Generator) -> Tensor:
+        loss, encoded = reconstruct_loss(self.model, ids, count, selection, generator)
+        if self.stage.readout:
+            loss = loss + self.stage.readout * readout_loss(self.model, encoded, ids)
+        return loss
+
+    def _run(self, function: Any, *arguments: Any) -> Tensor:
+        return recomputed(function, *arguments) if self.stage.checkpoint_activations else function(*arguments)
+
+    def _draw(self, length: int, generator: torch.Generator) -> Tensor:
+        ids = self.train.windows(max(1, self.stage.batch_tokens // length), length, generator)
+        return ids.to(self.model.device)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Token accuracy at 4x, 10x and 20x, the profile at 20x, continuation and plain LM loss, on held-out windows."""
+        length = max(self.stage.windows)
+        windows = self.held_out.spread(self.stage.evaluate_windows, length)
+        figures: dict[str, Any] = {}
+        for ratio in (4, 10, 20):
+            hits, distance = reconstruction_hits(self.model, windows, ratio)
+            figures[f"accuracy_{ratio}x"] = round(float(hits.float().mean()), 4)
+        figures["profile_20x"] = copy_span_profile(hits, distance)
+        longer = self.held_out.spread(self.stage.evaluate_windows, length + self.stage.target)
+        figures["continue_10x"] = round(continuation_loss(self.model, longer, length, 10), 4)
+        figures["continue_none"] = round(continuation_loss(self.model, longer, length, None), 4)
+        figures["lm_loss"] = round(lm_loss_per_token(self.model, longer, length), 4)
+        return figures
