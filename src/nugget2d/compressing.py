@@ -46,7 +46,7 @@ def compress_texts(
     """See `Nugget2D.compress`."""
     documents = [_plan(model, text, ratio, number) for number, text in enumerate(texts)]
     jobs = [job for document in documents for job in document]
-    store = dtype or ("float32" if model.lm.dtype == torch.float32 else "bfloat16")
+    store = dtype or ("bfloat16" if model.lm.dtype == torch.bfloat16 else "float32")
     done = 0
     for batch in _batches(jobs):
         _encode(model, batch, selection, store)
@@ -59,6 +59,8 @@ def compress_texts(
 
 
 def _plan(model: "Nugget2D", text: str, ratio: float, number: int) -> list[_Job]:
+    if not isinstance(text, str):
+        raise InputError(f"text {number} is {type(text).__name__}, not str; decode bytes first")
     pieces = split(model.tokenizer, text, model.config.window)
     if not pieces:
         raise InputError(f"text {number} is empty; there is nothing to compress")

@@ -3,7 +3,7 @@
 Greedy decoding from nuggets misses some tokens. One teacher-forced pass finds where; the record keeps those tokens
 (the patch), a digest of every segment, and a lossless copy. Replay decodes greedily, takes the patch's token where
 there is one, and is checked against the digest. A teacher-forced pass and a step-by-step one round differently, so
-tokens whose lead over the runner-up is tiny are patched too (`NEAR_TIE`); if a segment still does not verify, its
+tokens whose lead over the runner-up is tiny are patched too (a near tie); if a segment still does not verify, its
 text is taken from the copy, and the caller is told.
 """
 
@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Logits closer than this may swap between devices, kernels and batch shapes: float32 noise here is about 1e-4.
+# Logits closer than this may swap between devices, kernels and batch shapes. Noise in float32 is about 1e-4; half
+# precision rounds logits of ten to steps of 2**-4 (bfloat16).
 NEAR_TIE = 1e-2
+HALF_NEAR_TIE = 0.25
 
 # One segment's patch: index of the token within the segment -> token id.
 SegmentPatch = dict[int, int]
@@ -91,8 +93,9 @@ def find_patch(logits: Tensor, ids: Tensor) -> SegmentPatch:
         logits: (n, vocabulary), row t predicts token t, from a teacher-forced pass.
         ids: (n,) the true tokens.
     """
+    margin = NEAR_TIE if logits.dtype == torch.float32 else HALF_NEAR_TIE
     top = logits.float().topk(2, dim=-1)
-    missed = (top.indices[:, 0] != ids) | (top.values[:, 0] - top.values[:, 1] < NEAR_TIE)
+    missed = (top.indices[:, 0] != ids) | (top.values[:, 0] - top.values[:, 1] < margin)
     return {int(index): int(ids[index]) for index in missed.nonzero().flatten()}
 
 

@@ -41,11 +41,16 @@ def atomic_write(path: Path | str, *, force: bool = True) -> Iterator[BinaryIO]:
 
 def check_writable(path: Path, *, force: bool) -> None:
     """Refuse early what would fail late: an existing output, a folder in its place, a missing parent."""
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a folder; give a file name")
-    if path.exists() and not force:
+    try:
+        exists, regular, parent = path.exists(), path.is_file(), path.parent.is_dir()
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    # a rename onto a device such as /dev/null would replace the device
+    if exists and not regular:
+        raise OutputError(f"cannot write {path}: it is a folder or a device; give a file name")
+    if exists and not force:
         raise OutputError(f"{path} exists; pass --force to replace it")
-    if not path.parent.is_dir():
+    if not parent:
         raise OutputError(f"cannot write {path}: folder {path.parent} does not exist; create it first")
 
 

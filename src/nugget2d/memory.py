@@ -250,7 +250,7 @@ class Memory:
             )
         try:
             tensors = load_tensors(data)
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
             raise MemoryFileError(_damaged(path)) from error
         if metadata.get("checksum") != _checksum(tensors, metadata.get("header", "")):
             raise MemoryFileError(_damaged(path))

@@ -6,6 +6,7 @@ evaluation use too. What users call is built from them: `compress` (compressing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast, overload
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from nugget2d import compressing, reading
+from nugget2d import compressing, generation, reading
 from nugget2d.cache import KeyRotation, Nuggets, gather_nuggets, reading_mask
 from nugget2d.config import Adapters, NuggetConfig, SelectionName
 from nugget2d.errors import InputError
@@ -232,7 +233,7 @@ class Nugget2D(nn.Module):
             InputError: neither prompt nor memory, or max_new_tokens below 1.
             MismatchError: the memory was made by another model.
         """
-        return reading.generate(self, prompt, memory, max_new_tokens, stream, options)
+        return generation.generate(self, prompt, memory, max_new_tokens, stream, options)
 
     @torch.no_grad()
     def score(self, text: str, *, memory: Memory | None = None) -> float:
@@ -297,8 +298,10 @@ class Nugget2D(nn.Module):
         """
         selection = selection or self.config.selection
         scores = self.token_scores(ids) if selection in SCORED else None
-        delimiters = self._delimiters[ids] if selection == "punctuation" else torch.zeros_like(ids, dtype=torch.bool)
-        index, valid = select(selection, lengths, counts, scores=scores, delimiters=delimiters, generator=generator)
+        delimiters = self._delimiters.to(ids.device)[ids] if selection == "punctuation" else None
+        index, valid = select(
+            selection, ids, lengths, counts, scores=scores, delimiters=delimiters, generator=generator
+        )
         embeds = self.embed(ids)
         if self.flag is not None:
             # added, not assigned: a padded slot points at token 0 and must not un-choose it
@@ -382,7 +385,7 @@ class Nugget2D(nn.Module):
         size = self._embeddings.weight.shape[0]
         texts = [self.text([token]) for token in range(min(size, len(self.tokenizer)))]
         flags = [text.endswith("\n") or text.strip()[-1:] in set(".,;:!?") - {""} for text in texts]
-        return torch.tensor(flags + [False] * (size - len(flags)), device=self.device)
+        return torch.tensor(flags + [False] * (size - len(flags)))
 
     @staticmethod
     def _mask_like(embeds: Tensor) -> Tensor:
@@ -393,6 +396,7 @@ class Nugget2D(nn.Module):
         return embeds
 
 
+@dataclass(frozen=True, eq=False)
 class Encoded:
     """What `Nugget2D.encode` returns: the nuggets, which tokens they are, and their scores.
 
@@ -403,9 +407,7 @@ class Encoded:
         scores: (B, K) float32, or None where the selection does not score.
     """
 
-    def __init__(self, nuggets: Nuggets, index: Tensor, valid: Tensor, scores: Tensor | None) -> None:
-        """Keep the four."""
-        self.nuggets = nuggets
-        self.index = index
-        self.valid = valid
-        self.scores = scores
+    nuggets: Nuggets
+    index: Tensor
+    valid: Tensor
+    scores: Tensor | None

@@ -5,6 +5,7 @@ the decoder and a full copy of its layers is the encoder; token embeddings are s
 """
 
 import copy
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +22,22 @@ from nugget2d.errors import ModelError
 Role = Literal["base", "encoder", "decoder"]
 
 
+class _Lock:
+    """A reentrant lock that a copied or pickled model gets anew."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type["_Lock"], tuple[()]]:
+        return _Lock, ()
+
+
 class Parameters(nn.Module, ABC):
     """One causal LM seen in three roles.
 
@@ -29,9 +46,23 @@ class Parameters(nn.Module, ABC):
 
     lm: PreTrainedModel
 
+    def __init__(self) -> None:
+        """Nothing but the lock."""
+        super().__init__()
+        self._lock = _Lock()
+
+    @contextmanager
+    def role(self, role: Role) -> Iterator[PreTrainedModel]:
+        """A context in which the yielded causal LM (its body, for "encoder") computes with the role's weights.
+
+        One thread at a time: a role is state of the shared modules, and a stream generates in a thread of its own.
+        """
+        with self._lock, self._switched(role) as module:
+            yield module
+
     @abstractmethod
-    def role(self, role: Role) -> AbstractContextManager[PreTrainedModel]:
-        """A context in which the yielded causal LM (its body, for "encoder") computes with the role's weights."""
+    def _switched(self, role: Role) -> AbstractContextManager[PreTrainedModel]:
+        """`role`, without the lock."""
 
     @abstractmethod
     def encoder_parameters(self) -> list[nn.Parameter]:
@@ -58,8 +89,8 @@ class CopiedParameters(Parameters):
         self.encoder = copy.deepcopy(self.body, {id(embeddings): embeddings})
 
     @contextmanager
-    def role(self, role: Role) -> Iterator[PreTrainedModel]:
-        """See `Parameters.role`; nothing has to be switched."""
+    def _switched(self, role: Role) -> Iterator[PreTrainedModel]:
+        """Nothing has to be switched."""
         yield self.encoder if role == "encoder" else self.lm
 
     def encoder_parameters(self) -> list[nn.Parameter]:
@@ -96,8 +127,8 @@ class LoraParameters(Parameters):
         self._activate("base")
 
     @contextmanager
-    def role(self, role: Role) -> Iterator[PreTrainedModel]:
-        """See `Parameters.role`; the previous role comes back at the end of the block."""
+    def _switched(self, role: Role) -> Iterator[PreTrainedModel]:
+        """The previous role comes back at the end of the block."""
         previous = self._role
         self._activate(role)
         try:

@@ -8,10 +8,12 @@ nugget2d.safetensors   scorer, soft prompts, flag, and the encoder copy or both 
 import json
 from importlib import resources
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -60,10 +62,15 @@ def load_base(base: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         ModelError: it cannot be loaded.
     """
     try:
-        lm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        return lm, AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError, KeyError) as error:
+        auto = cast(Any, AutoModelForCausalLM)
+        lm, report = auto.from_pretrained(base, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load base model {str(base)!r}: {error}") from error
+    if report["missing_keys"]:
+        # transformers would go on with random weights
+        raise ModelError(f"base model {str(base)!r} is incomplete: no weights for {sorted(report['missing_keys'])[:3]}")
+    return lm, tokenizer
 
 
 def load(name: str | Path) -> Nugget2D:
@@ -76,11 +83,14 @@ def load(name: str | Path) -> Nugget2D:
     try:
         config = NuggetConfig.model_validate_json((folder / CONFIG_FILE).read_text())
         own = load_file(folder / WEIGHTS_FILE)
-    except (OSError, ValidationError) as error:
+    except (OSError, ValidationError, SafetensorError) as error:
         raise ModelError(f"model folder {folder} is incomplete or damaged: {error}") from error
     lm, tokenizer = load_base(folder / BASE_FOLDER)
     model = Nugget2D(lm, tokenizer, config)
-    missing, unexpected = model.load_state_dict({k: v.float() for k, v in own.items()}, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict({k: v.float() for k, v in own.items()}, strict=False)
+    except RuntimeError as error:
+        raise ModelError(f"{folder / WEIGHTS_FILE} does not fit its configuration: {error}") from error
     wanted = set(_own_state(model))
     if unexpected or wanted & set(missing):
         raise ModelError(f"{folder / WEIGHTS_FILE} does not fit its configuration: {unexpected or missing}")
@@ -91,13 +101,9 @@ def save(model: Nugget2D, folder: Path | str, dtype: torch.dtype | None = None) 
     """See `Nugget2D.save_pretrained`.
 
     Raises:
-        OutputError: `folder` is a file or cannot be made.
+        OutputError: `folder` is a file, cannot be made, or the disk is full.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write model to {folder}: {error.strerror or error}") from error
 
     def keep(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
@@ -105,10 +111,14 @@ def save(model: Nugget2D, folder: Path | str, dtype: torch.dtype | None = None) 
     own = _own_state(model)
     base = {k.removeprefix(_LM): keep(v) for k, v in model.state_dict().items() if k.startswith(_LM) and k not in own}
     base = {name.replace(".base_layer.", "."): tensor for name, tensor in base.items()}
-    save_file({name: keep(tensor) for name, tensor in own.items()}, folder / WEIGHTS_FILE)
-    model.lm.save_pretrained(folder / BASE_FOLDER, state_dict=base)
-    model.tokenizer.save_pretrained(folder / BASE_FOLDER)
-    (folder / CONFIG_FILE).write_text(json.dumps(model.config.model_dump(), indent=2) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: keep(tensor) for name, tensor in own.items()}, folder / WEIGHTS_FILE)
+        model.lm.save_pretrained(folder / BASE_FOLDER, state_dict=base)
+        model.tokenizer.save_pretrained(folder / BASE_FOLDER)
+        (folder / CONFIG_FILE).write_text(json.dumps(model.config.model_dump(), indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write model to {folder}: {error}") from error
 
 
 _LM = "parameters_by_role.lm."

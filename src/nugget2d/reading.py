@@ -1,20 +1,17 @@
-"""Reading memories: give the text back, continue from it, score a continuation."""
+"""Reading memories: give the text back, score a continuation."""
 
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import TextIteratorStreamer
 
 from nugget2d.cache import Nuggets
-from nugget2d.errors import ExactFallbackWarning, InputError
+from nugget2d.errors import ExactFallbackWarning, InputError, MemoryFileError
 from nugget2d.exact import digest
 from nugget2d.losses import token_losses
 from nugget2d.memory import Memory
-from nugget2d.parameters import Role
 from nugget2d.states import States
 
 if TYPE_CHECKING:
@@ -116,6 +113,8 @@ def _verified(memory: Memory, parts: list[str]) -> list[str]:
     for number in wrong:
         segment = memory.segments[number]
         parts[number] = text[segment.start : segment.end]
+        if digest(parts[number]) != record.digests[number]:
+            raise MemoryFileError("the lossless copy in this exact memory does not match its digest; compress again")
     return parts
 
 
@@ -149,79 +148,6 @@ def _replay(model: "Nugget2D", rows: Sequence[SegmentRef]) -> list[list[int]]:
             output[:, step] = token
             embeds = model.embed(token[:, None])
     return [ids[:length] for ids, length in zip(output.tolist(), lengths, strict=True)]
-
-
-def generate(
-    model: "Nugget2D",
-    prompt: str,
-    memory: Memory | None,
-    max_new_tokens: int,
-    stream: bool,
-    options: dict[str, Any],
-) -> str | Iterator[str]:
-    """See `Nugget2D.generate`."""
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    inputs = _generation_inputs(model, prompt, memory)
-    eos = model.tokenizer.eos_token_id
-    arguments = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": eos, **inputs, **options}
-    role: Role = "base" if memory is None else "decoder"
-
-    @torch.no_grad()
-    def run(**extra: Any) -> Tensor:
-        with model.parameters_by_role.role(role) as lm:
-            return cast(Tensor, cast(Any, lm).generate(**arguments, **extra))
-
-    if not stream:
-        text = model.tokenizer.decode(run()[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return cast(str, text)
-    streamer = TextIteratorStreamer(model.tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return _stream(run, streamer)
-
-
-def _stream(run: Callable[..., Tensor], streamer: TextIteratorStreamer) -> Iterator[str]:
-    """Pieces of text as a thread generates them; its error, if any, is raised here."""
-    failure: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            run(streamer=streamer)
-        except BaseException as error:
-            failure.append(error)
-            streamer.end()
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    yield from (piece for piece in streamer if piece)
-    thread.join()
-    if failure:
-        raise failure[0]
-
-
-def _generation_inputs(model: "Nugget2D", prompt: str, memory: Memory | None) -> dict[str, Any]:
-    """What transformers' generate needs to go on from a cache: embeddings, mask AND positions of length K + q.
-
-    Leaving out the mask or the positions gives wrong text without an error; the embeddings of the K cached
-    slots are never looked at.
-    """
-    ids = model.ids(prompt)
-    if memory is None:
-        if not prompt:
-            raise InputError("nothing to continue: give a prompt or a memory")
-        if model.start_token is not None:
-            ids = torch.cat([torch.full_like(ids[:, :1], model.start_token), ids], dim=1)
-        embeds = model.embed(ids)
-        return {"inputs_embeds": embeds, "attention_mask": embeds.new_ones(embeds.shape[:2]).long()}
-    nuggets = text_nuggets(model, memory)
-    embeds = torch.cat([model.prompt("continue", 1).to(model.lm.dtype), model.embed(ids)], dim=1)
-    positions = memory.num_tokens + torch.arange(-nuggets.count, embeds.shape[1], device=model.device)
-    embeds = torch.nn.functional.pad(embeds, (0, 0, nuggets.count, 0))
-    return {
-        "inputs_embeds": embeds,
-        "attention_mask": embeds.new_ones(embeds.shape[:2]).long(),
-        "position_ids": positions[None],
-        "past_key_values": nuggets.to_cache(model.lm.config),
-    }
 
 
 def score(model: "Nugget2D", text: str, memory: Memory | None) -> float:

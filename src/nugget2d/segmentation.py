@@ -1,5 +1,6 @@
 """Text to tokens, and long texts to segments that a model was trained to compress."""
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -10,6 +11,8 @@ from nugget2d.errors import InputError
 
 _CLOSERS = "\"')]}»”’"
 _SENTENCE_ENDS = ".!?…。！？"
+# Unicode categories that continue the character before: marks, joiners and variation selectors, skin tones
+_CONTINUES = {"Mn", "Mc", "Me", "Cf", "Sk"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def _cuts(text: str, offsets: Sequence[tuple[int, int]], window: int) -> list[in
     cuts: list[int] = []
     first = 0
     while len(offsets) - first > window:
-        best, best_rank = first + window, -1
+        best, best_rank = first + window, -2
         for index in range(first + window, first + window // 2, -1):
             # tokens that share a character (bytes of one emoji) must stay together
             if offsets[index][0] < offsets[index - 1][1]:
@@ -88,7 +91,7 @@ def _cuts(text: str, offsets: Sequence[tuple[int, int]], window: int) -> list[in
             rank = _rank(text, offsets[index][0])
             if rank > best_rank:
                 best, best_rank = index, rank
-        if best_rank < 0:
+        if best_rank < -1:
             raise InputError(f"one character near {offsets[first][0]} takes more than {window // 2} tokens")
         cuts.append(offsets[best][0])
         first = best
@@ -96,8 +99,11 @@ def _cuts(text: str, offsets: Sequence[tuple[int, int]], window: int) -> list[in
 
 
 def _rank(text: str, cut: int) -> int:
-    """How good a place to cut: 3 after a sentence, 2 at a line end, 1 between words, 0 inside one."""
+    """How good a place to cut: 3 after a sentence, 2 at a line end, 1 between words, 0 inside one, -1 inside what is
+    shown as one character (combining marks, joined emoji, CRLF)."""
     before, after = text[cut - 1], text[cut]
+    if before == "\u200d" or before + after == "\r\n" or unicodedata.category(after) in _CONTINUES:
+        return -1
     if before == "\n" or after == "\n":
         return 2
     if after.isspace() or before.isspace():

@@ -6,6 +6,7 @@ section 3.1). The chosen indices are always in text order.
 
 from collections.abc import Callable, Sequence
 from math import ceil
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ class Scorer(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Scores of `states`, in float32."""
-        states = F.rms_norm(states.float(), states.shape[-1:])
+        states = F.rms_norm(states.float(), states.shape[-1:]).to(self.hidden.weight.dtype)
         return self.output(F.relu(self.hidden(states))).squeeze(-1).float()
 
 
@@ -103,46 +104,48 @@ def count_nuggets(lengths: Sequence[int], ratio: float) -> list[int]:
 
 def select(
     name: SelectionName,
+    ids: Tensor,
     lengths: Sequence[int],
     counts: Sequence[int],
     *,
-    scores: Tensor | None,
-    delimiters: Tensor,
+    scores: Tensor | None = None,
+    delimiters: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose nuggets for a right-padded batch.
 
     Args:
         name: the policy.
+        ids: (B, n) tokens.
         lengths: tokens of each row (B).
         counts: nuggets wanted of each row (B), 1 <= counts[i] <= lengths[i].
-        scores: (B, n) from the scorer; needed by the policies in `SCORED`.
-        delimiters: (B, n) bool, which tokens end a clause; only "punctuation" looks.
-        generator: for "random"; None is a fixed seed, so that compressing twice gives the same memory.
+        scores: (B, n) from the scorer, for the policies in `SCORED`.
+        delimiters: (B, n) bool, which tokens end a clause, for "punctuation".
+        generator: for "random"; None seeds each row with its tokens, so that a text gets the same nuggets in any batch.
 
     Returns:
         index: (B, K) long, ascending in each row, LEFT-padded with 0 to the largest count.
         valid: (B, K) bool, False on the padding.
 
     Raises:
-        InputError: unknown policy, or a policy that needs scores got none.
+        InputError: unknown policy, or a policy that got no scores or delimiters that it needs.
     """
     if name not in POLICIES:
         raise InputError(f"unknown selection {name!r}; choose one of {', '.join(POLICIES)}")
-    if scores is None:
-        if name in SCORED:
-            raise InputError(f"selection {name!r} needs scores")
-        scores = torch.zeros(delimiters.shape)
-    generator = generator or torch.Generator().manual_seed(0)
+    if (scores is None and name in SCORED) or (delimiters is None and name == "punctuation"):
+        raise InputError(f"selection {name!r} needs {'scores' if name in SCORED else 'delimiters'}")
     widest = max(counts)
     index = torch.zeros(len(lengths), widest, dtype=torch.long)
     valid = torch.zeros(len(lengths), widest, dtype=torch.bool)
-    host_scores, host_delimiters = scores.detach().cpu(), delimiters.cpu()
+    host_ids = ids.cpu()
+    host_scores = torch.zeros(ids.shape) if scores is None else scores.detach().cpu()
+    host_delimiters = torch.zeros(ids.shape, dtype=torch.bool) if delimiters is None else delimiters.cpu()
     for row, (n, k) in enumerate(zip(lengths, counts, strict=True)):
         last = torch.tensor([n - 1])
         if k > 1:
-            chosen = POLICIES[name](host_scores[row, :n], host_delimiters[row, :n], k, generator)
+            source = generator or torch.Generator().manual_seed(crc32(host_ids[row, :n].numpy().tobytes()))
+            chosen = POLICIES[name](host_scores[row, :n], host_delimiters[row, :n], k, source)
             last = torch.cat([chosen.sort().values, last])
         index[row, widest - k :] = last
         valid[row, widest - k :] = True
-    return index.to(delimiters.device), valid.to(delimiters.device)
+    return index.to(ids.device), valid.to(ids.device)

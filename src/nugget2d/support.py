@@ -1,5 +1,7 @@
 """Which language models can be wrapped; the others are refused at load, with the reason."""
 
+import inspect
+
 from transformers import PreTrainedModel
 
 from nugget2d.config import NuggetConfig
@@ -19,6 +21,16 @@ def check_supported(lm: PreTrainedModel, config: NuggetConfig) -> None:
     text = lm.config.get_text_config(decoder=True)
     if lm.config.is_encoder_decoder or not lm.can_generate():
         raise ModelError(f"{name} is not a decoder-only language model; use a causal LM")
+    accepts = inspect.signature(lm.forward).parameters
+    if getattr(lm, "_is_stateful", False) or not {"past_key_values", "position_ids", "inputs_embeds"} <= set(accepts):
+        raise ModelError(
+            f"{name} does not keep one key and value per token at a position of the caller's choice (past_key_values, "
+            "position_ids, inputs_embeds); use an attention model with rotary positions"
+        )
+    if getattr(text, "alibi", False):
+        raise ModelError(
+            f"{name} uses ALiBi, which counts cache slots instead of positions; nuggets would be misplaced"
+        )
     others = set(getattr(text, "layer_types", None) or []) - {"full_attention"}
     if not getattr(text, "layer_types", None) and getattr(text, "sliding_window", None):
         others = {"sliding_attention"}

@@ -1,0 +1,118 @@
+"""Writing on: continue a prompt, after a memory or without one, in one string or piece by piece."""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from nugget2d.errors import InputError
+from nugget2d.memory import Memory
+from nugget2d.parameters import Role
+from nugget2d.reading import text_nuggets
+
+if TYPE_CHECKING:
+    from nugget2d.model import Nugget2D
+
+
+@torch.no_grad()
+def generate(
+    model: "Nugget2D",
+    prompt: str,
+    memory: Memory | None,
+    max_new_tokens: int,
+    stream: bool,
+    options: dict[str, Any],
+) -> str | Iterator[str]:
+    """See `Nugget2D.generate`."""
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    # transformers repeats embeddings, mask and positions for beams and samples, but not a cache that it is given
+    copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
+    if stream and copies > 1:
+        raise InputError("only one sequence can be streamed; leave out num_beams, or use stream=False")
+    inputs = _inputs(model, prompt, memory, copies)
+    eos = model.tokenizer.eos_token_id
+    arguments = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": eos, **inputs, **options}
+    role: Role = "base" if memory is None else "decoder"
+
+    @torch.no_grad()
+    def run(**extra: Any) -> Tensor:
+        with model.parameters_by_role.role(role) as lm:
+            try:
+                return cast(Tensor, cast(Any, lm).generate(**arguments, **extra))
+            except (TypeError, ValueError) as error:
+                if not options:
+                    raise
+                raise InputError(f"transformers cannot generate with these options: {error}") from error
+
+    if stream:
+        return _stream(run, model)
+    return cast(str, model.tokenizer.decode(run()[0], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class _Abandoned(StoppingCriteria):
+    """Ends generation when nobody reads the stream any more."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        stop = torch.full(input_ids.shape[:1], self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+        return cast(torch.BoolTensor, stop)
+
+
+def _stream(run: Callable[..., Tensor], model: "Nugget2D") -> Iterator[str]:
+    """Pieces of text as a thread generates them; its error, if any, is raised here."""
+    streamer = TextIteratorStreamer(
+        cast(Any, model.tokenizer), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    abandoned = _Abandoned()
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            run(streamer=streamer, stopping_criteria=StoppingCriteriaList([abandoned]))
+        except BaseException as error:
+            failure.append(error)
+            streamer.end()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        abandoned.event.set()
+        thread.join()
+    if failure:
+        raise failure[0]
+
+
+def _inputs(model: "Nugget2D", prompt: str, memory: Memory | None, copies: int) -> dict[str, Any]:
+    """What transformers' generate needs to go on from a cache: embeddings, mask AND positions of length K + q.
+
+    Leaving out the mask or the positions gives wrong text without an error; the embeddings of the K cached
+    slots are never looked at.
+    """
+    ids = model.ids(prompt)
+    if memory is None:
+        if not prompt:
+            raise InputError("nothing to continue: give a prompt or a memory")
+        if model.start_token is not None:
+            ids = torch.cat([torch.full_like(ids[:, :1], model.start_token), ids], dim=1)
+        embeds = model.embed(ids)
+        return {"inputs_embeds": embeds, "attention_mask": embeds.new_ones(embeds.shape[:2]).long()}
+    nuggets = text_nuggets(model, memory)
+    embeds = torch.cat([model.prompt("continue", 1).to(model.lm.dtype), model.embed(ids)], dim=1)
+    positions = memory.num_tokens + torch.arange(-nuggets.count, embeds.shape[1], device=model.device)
+    embeds = torch.nn.functional.pad(embeds, (0, 0, nuggets.count, 0))
+    cache = nuggets.to_cache(model.lm.config)
+    cache.batch_repeat_interleave(copies)
+    return {
+        "inputs_embeds": embeds,
+        "attention_mask": embeds.new_ones(embeds.shape[:2]).long(),
+        "position_ids": positions[None],
+        "past_key_values": cache,
+    }
