@@ -1,0 +1,74 @@
+"""The `nugget2d` command: its sub-commands, and what becomes of their errors.
+
+Nothing imported here may import torch, transformers or pydantic: `nugget2d --help` answers at once.
+"""
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from nugget2d import __version__
+from nugget2d.cli.compress import compress
+from nugget2d.cli.demo import demo
+from nugget2d.cli.generate import generate
+from nugget2d.cli.inspect import inspect
+from nugget2d.cli.reconstruct import reconstruct
+from nugget2d.cli.shared import say
+from nugget2d.cli.train import train
+from nugget2d.errors import NuggetError
+
+INTERRUPTED = 130  # what shells report for a process that SIGINT ended
+
+
+class Commands(TyperGroup):
+    """Turns what users cause into one line and an exit code; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except NuggetError as error:
+            say("error", str(error))
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            say("error", "interrupted")
+            raise typer.Exit(INTERRUPTED) from error
+        except BrokenPipeError as error:
+            # The reader (`| head`) has what it wanted. Python flushes stdout once more at exit: into nothing.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    name="nugget2d",
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Compress long texts into small memories (nuggets) that a language model reads back.",
+)
+for command in (compress, reconstruct, generate, inspect, train, demo):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nugget2d {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

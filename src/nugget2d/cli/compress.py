@@ -1,0 +1,56 @@
+"""`nugget2d compress`: a text becomes a memory file."""
+
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nugget2d.cli.options import DEFAULT_MODEL, Dtype, Force, ModelName, Ratio, SelectionOption
+from nugget2d.cli.shared import against, figures, load_model, progress, read_source
+from nugget2d.files import check_writable
+
+if TYPE_CHECKING:
+    from nugget2d import Memory
+
+
+def compress(
+    file: Annotated[str, typer.Argument(metavar="FILE|-", help="A UTF-8 text; - reads standard input.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the memory.")],
+    ratio: Ratio = 20,
+    exact: Annotated[bool, typer.Option("--exact", help="Also keep what makes the very same text come back.")] = False,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="How to keep the states.", show_default="the model's precision")
+    ] = None,
+    model: ModelName = DEFAULT_MODEL,
+    selection: SelectionOption = None,
+    force: Force = False,
+) -> None:
+    """Compress a text into a memory file."""
+    check_writable(out, force=force)
+    text = read_source(file)
+    compressor = load_model(model)
+    start = perf_counter()
+    with progress("compressing") as on_progress:
+        memory = compressor.compress(
+            text, ratio=ratio, exact=exact, selection=selection, dtype=dtype, on_progress=on_progress
+        )
+    seconds = perf_counter() - start
+    size = memory.save(out, force=force)
+    Console().print(_report(memory, size, seconds))
+
+
+def _report(memory: "Memory", size: int, seconds: float) -> Table:
+    table = figures()
+    table.add_row("tokens", f"{memory.num_tokens:,}")
+    table.add_row("nuggets", f"{memory.num_nuggets:,}")
+    table.add_row("ratio", f"{memory.ratio:.2f}")
+    table.add_row("memory against full KV cache", against(memory.nbytes, memory.full_nbytes))
+    if memory.exact is not None:
+        table.add_row("patch for exact text", f"{memory.exact.patch_nbytes:,} bytes")
+        table.add_row("lossless copy", f"{memory.exact.copy_nbytes:,} bytes")
+    table.add_row("file", f"{size:,} bytes")
+    table.add_row("seconds", f"{seconds:.2f}")
+    return table

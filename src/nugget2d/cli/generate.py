@@ -1,0 +1,30 @@
+"""`nugget2d generate`: go on from a memory."""
+
+from typing import Annotated, Any
+
+import typer
+
+from nugget2d.cli.options import MemoryFile, ReaderName
+from nugget2d.cli.shared import load_memory, load_reader, require_temperature, write_stdout
+
+
+def generate(
+    file: MemoryFile,
+    prompt: Annotated[str, typer.Option("--prompt", help="What to continue, as if it stood after the text.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Stop after so many tokens.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token every time.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Makes sampling repeatable.")] = 0,
+    model: ReaderName = None,
+) -> None:
+    """Continue a prompt from a memory; the text appears as it is made."""
+    require_temperature(temperature)
+    memory = load_memory(file)
+    reader = load_reader(memory, model)
+    import torch
+
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
+    pieces = reader.generate(prompt, memory=memory, max_new_tokens=max_new_tokens, stream=True, **options)
+    for piece in pieces:
+        write_stdout(piece.encode())
+    write_stdout(b"\n")

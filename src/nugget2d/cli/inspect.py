@@ -1,0 +1,88 @@
+"""`nugget2d inspect`: which tokens became nuggets, and how strongly."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from nugget2d.cli.options import DEFAULT_MODEL, Force, ReaderName, Selection, SelectionOption
+from nugget2d.cli.shared import load_memory, load_model, load_reader, progress, read_source, say, write_stdout
+from nugget2d.errors import InputError
+from nugget2d.files import atomic_write, check_writable
+
+if TYPE_CHECKING:
+    from nugget2d.inspection import Inspection
+
+DEFAULT_RATIO = 20.0
+
+
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="MEMORY.nugget|FILE|-", help="A memory, or a UTF-8 text to compress.")],
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page that needs nothing else.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of colours.")] = False,
+    ratio: Annotated[
+        float | None, typer.Option("--ratio", help="Tokens for each nugget (texts only).", show_default="20")
+    ] = None,
+    model: ReaderName = None,
+    selection: SelectionOption = None,
+    force: Force = False,
+) -> None:
+    """Show a text with its nuggets highlighted.
+
+    A memory does not hold its text: unless it was made with --exact, what is shown is what the model reconstructs.
+    """
+    if html is not None:
+        check_writable(html, force=force)
+    if _is_memory(file):
+        if ratio is not None or selection is not None:
+            raise InputError(f"--ratio and --selection are for texts; {file} is a memory and has its nuggets already")
+        inspection = _inspect_memory(Path(file), model)
+    else:
+        inspection = _inspect_text(file, DEFAULT_RATIO if ratio is None else ratio, model, selection)
+    if html is not None:
+        from nugget2d.inspection import to_html
+
+        with atomic_write(html, force=force) as page:
+            page.write(to_html(inspection).encode())
+        say("wrote", str(html))
+    if json:
+        from nugget2d.inspection import to_json
+
+        write_stdout(to_json(inspection).encode())
+    elif html is None:
+        from nugget2d.inspection import print_inspection
+
+        print_inspection(inspection, Console())
+
+
+def _is_memory(source: str) -> bool:
+    """By name, so that a damaged memory is not taken for a text; else by the first bytes of a safetensors file."""
+    if source == "-":
+        return False
+    path = Path(source)
+    if path.suffix == ".nugget" or not path.is_file():
+        return path.suffix == ".nugget"
+    with path.open("rb") as file:
+        head = file.read(9)
+    # a header of less than 16 MB, opened by a brace: no text has NULs there
+    return head[4:] == b"\0\0\0\0{"
+
+
+def _inspect_memory(path: Path, model: str | None) -> "Inspection":
+    memory = load_memory(path)
+    reader = load_reader(memory, model)
+    from nugget2d.inspection import inspect_memory
+
+    with progress("reconstructing") as on_progress:
+        return inspect_memory(reader, memory, on_progress)
+
+
+def _inspect_text(source: str, ratio: float, model: str | None, selection: Selection | None) -> "Inspection":
+    text = read_source(source)
+    compressor = load_model(model or DEFAULT_MODEL)
+    from nugget2d.inspection import inspect_text
+
+    with progress("compressing") as on_progress:
+        memory = compressor.compress(text, ratio=ratio, selection=selection, on_progress=on_progress)
+    return inspect_text(text, memory)

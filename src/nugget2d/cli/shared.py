@@ -1,0 +1,150 @@
+"""What every command needs: one-line messages, progress, models, and bytes to standard output."""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from nugget2d.errors import ExactFallbackWarning, InputError, ModelError, OutputError
+from nugget2d.files import decode_text, read_text
+
+if TYPE_CHECKING:
+    from nugget2d import Memory, Nugget2D
+
+
+def say(kind: str, message: str) -> None:
+    """Print `kind: message` as exactly one line on standard error, whatever newlines the message holds."""
+    style = {"error": "bold red", "warning": "bold yellow"}.get(kind, "bold")
+    line = Text.assemble((f"{kind}:", style), " ", " ".join(message.split()))
+    Console(stderr=True).print(line, soft_wrap=True)
+
+
+def load_model(name: str) -> "Nugget2D":
+    """Load a model onto the GPU if there is one, without the chatter of the libraries below.
+
+    Raises:
+        ModelError: there is no such model, or its files are incomplete.
+    """
+    _quieten()
+    with Console(stderr=True).status(f"loading model {name}"):
+        import torch
+        from transformers.utils import logging
+
+        from nugget2d import Nugget2D
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        return Nugget2D.from_pretrained(name, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_reader(memory: "Memory", name: str | None) -> "Nugget2D":
+    """The model that reads `memory`: `name`, or else the one that the memory itself names.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        MismatchError: it is not the model that made the memory.
+    """
+    try:
+        model = load_model(name or memory.fingerprint.name)
+    except ModelError as error:
+        if name is not None:
+            raise
+        made_by = memory.fingerprint.name
+        raise ModelError(f"{error}; the memory was made by {made_by!r}: say where it is with --model") from error
+    memory.require(model.fingerprint)
+    return model
+
+
+def load_memory(path: Path) -> "Memory":
+    """Read a memory file.
+
+    Raises:
+        MemoryFileError: missing, not a memory, truncated or damaged.
+    """
+    from nugget2d import Memory
+
+    return Memory.load(path)
+
+
+def read_source(source: str) -> str:
+    """The text of a file, or of standard input for "-".
+
+    Raises:
+        InputError: missing, empty or not UTF-8.
+    """
+    if source != "-":
+        return read_text(source)
+    return decode_text(sys.stdin.buffer.read(), "standard input")
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over segments on standard error, drawn only on a terminal; yields what `on_progress` wants."""
+    console = Console(stderr=True)
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("segments"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def write_stdout(data: bytes) -> None:
+    """Write bytes to standard output as they are: no newline added, none translated.
+
+    Raises:
+        OutputError: the system refuses them (disk full behind a redirection).
+    """
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write standard output: {error.strerror or error}") from error
+
+
+def figures() -> Table:
+    """An empty table of names and right-aligned values."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    return table
+
+
+def against(part: int, whole: int) -> str:
+    """`part` bytes as a share of `whole`."""
+    return f"{part:,} of {whole:,} bytes ({part / whole:.1%})"
+
+
+def require_temperature(temperature: float) -> None:
+    """Refuse what cannot scale logits.
+
+    Raises:
+        InputError: negative, NaN or infinite.
+    """
+    if not 0 <= temperature < float("inf"):
+        raise InputError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
+
+
+def _quieten() -> None:
+    """Python warnings: ours as one line, those of the libraries below not at all."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        say("warning", str(message))
+
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", ExactFallbackWarning)
+    warnings.showwarning = show

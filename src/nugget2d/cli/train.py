@@ -1,0 +1,19 @@
+"""`nugget2d train`: run a recipe."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train, on what, for how long.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the results.", show_default="the recipe's own")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+) -> None:
+    """Train a language model and its compressor from a recipe, resuming if it was interrupted."""
+    from nugget2d.training.run import train as run
+
+    run(recipe, out=out, fresh=fresh)

@@ -1,0 +1,180 @@
+"""A text cut into runs: stretches between nuggets, and the tokens that became nuggets.
+
+With the text at hand (or in an exact memory) the runs are the source's own. An ordinary memory does not hold its
+text: then they are cut from what the model reconstructs, nugget by nugget at its place in the token sequence.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from nugget2d.memory import Memory
+from nugget2d.model import Nugget2D
+from nugget2d.reading import reconstruct_ids
+
+LEVELS = 5  # shades of highlighting
+REPLACEMENT = "\ufffd"  # what a tokenizer decodes an unfinished character to
+
+
+@dataclass(frozen=True)
+class Nugget:
+    """A token that was kept.
+
+    Attributes:
+        position: its index in the whole token sequence.
+        span: characters [start, end) of it in the source text.
+        score: what the scorer gave it; None where the selection does not score.
+        rank: 1 for the highest score of the memory; None without scores.
+        level: shade, 1 (lowest fifth of the scores) to `LEVELS`; `LEVELS` without scores.
+    """
+
+    position: int
+    span: tuple[int, int]
+    score: float | None
+    rank: int | None
+    level: int
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Characters [start, end) of the text that is shown, and the nuggets there: several if they share a character."""
+
+    start: int
+    end: int
+    nuggets: tuple[Nugget, ...]
+
+    @property
+    def level(self) -> int:
+        """The strongest shade of its nuggets."""
+        return max(nugget.level for nugget in self.nuggets)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A piece of the text that is shown; `mark` is None between nuggets."""
+
+    text: str
+    mark: Mark | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A text, its nuggets and the figures of its memory; `reconstructed` if the text is the model's own guess."""
+
+    text: str
+    marks: tuple[Mark, ...]
+    reconstructed: bool
+    model: str
+    num_tokens: int
+    num_nuggets: int
+    ratio: float
+    nbytes: int
+    full_nbytes: int
+
+    @property
+    def runs(self) -> list[Run]:
+        """The text in order; the runs concatenate to it."""
+        runs, shown = [], 0
+        for mark in self.marks:
+            runs += [Run(self.text[shown : mark.start]), Run(self.text[mark.start : mark.end], mark)]
+            shown = mark.end
+        return [run for run in (*runs, Run(self.text[shown:])) if run.text or run.mark]
+
+    @property
+    def scored(self) -> bool:
+        """Whether the nuggets have scores."""
+        return any(nugget.rank is not None for mark in self.marks for nugget in mark.nuggets)
+
+
+def inspect_text(text: str, memory: Memory) -> Inspection:
+    """What `memory` kept of `text`, the text it was made from."""
+    return _inspection(text, memory.spans, memory, reconstructed=False)
+
+
+def inspect_memory(
+    model: Nugget2D, memory: Memory, on_progress: Callable[[int, int], None] | None = None
+) -> Inspection:
+    """What `memory` kept, shown on its exact text if it has one, else on the text that `model` reconstructs.
+
+    Raises:
+        MismatchError: the memory was made by another model.
+    """
+    if memory.exact is not None:
+        return inspect_text(model.reconstruct(memory, on_progress=on_progress), memory)
+    texts: list[str] = []
+    spans: list[tuple[int, int]] = []
+    local = memory.local_positions.tolist()
+    first = start = 0
+    for ids, segment in zip(reconstruct_ids(model, [memory], on_progress)[0], memory.segments, strict=True):
+        text, token_spans = spans_of(model.text, ids)
+        chosen = local[first : first + segment.num_nuggets]
+        spans += [(start + token_spans[index][0], start + token_spans[index][1]) for index in chosen]
+        texts.append(text)
+        first += segment.num_nuggets
+        start += len(text)
+    return _inspection("".join(texts), spans, memory, reconstructed=True)
+
+
+def spans_of(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+    """The text of `ids` and the characters [start, end) of each token; tokens that share a character share a span.
+
+    A token's text may depend on the one before it (leading spaces), and its bytes may end inside a character. So
+    each group of tokens that ends on a whole character is decoded together with the group before it.
+    """
+    spans: list[tuple[int, int]] = []
+    text = ""
+    before = done = 0
+    for end in range(1, len(ids) + 1):
+        grown = decode(ids[before:end])
+        if grown.endswith(REPLACEMENT) and end < len(ids):
+            continue
+        fresh = grown[len(decode(ids[before:done])) :]
+        spans += [(len(text), len(text) + len(fresh))] * (end - done)
+        text += fresh
+        before, done = done, end
+    return text, spans
+
+
+def to_json(inspection: Inspection) -> str:
+    """The figures, and the runs in order (`nuggets` is empty between nuggets), as one JSON object and a newline."""
+    figures = {name: value for name, value in vars(inspection).items() if name not in ("text", "marks")}
+    runs = [
+        {"text": run.text, "nuggets": [asdict(nugget) for nugget in run.mark.nuggets] if run.mark else []}
+        for run in inspection.runs
+    ]
+    return json.dumps({**figures, "runs": runs}, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _inspection(text: str, spans: Sequence[tuple[int, int]], memory: Memory, *, reconstructed: bool) -> Inspection:
+    marks: list[Mark] = []
+    for (start, end), nugget in zip(spans, _nuggets(memory), strict=True):
+        if marks and start < marks[-1].end:
+            # two tokens hold bytes of one character
+            last = marks.pop()
+            marks.append(Mark(last.start, max(last.end, end), (*last.nuggets, nugget)))
+        else:
+            marks.append(Mark(start, end, (nugget,)))
+    return Inspection(
+        text=text,
+        marks=tuple(marks),
+        reconstructed=reconstructed,
+        model=memory.fingerprint.name,
+        num_tokens=memory.num_tokens,
+        num_nuggets=memory.num_nuggets,
+        ratio=memory.ratio,
+        nbytes=memory.nbytes,
+        full_nbytes=memory.full_nbytes,
+    )
+
+
+def _nuggets(memory: Memory) -> list[Nugget]:
+    scores: list[float] = memory.scores.tolist()
+    scored = [index for index, score in enumerate(scores) if not math.isnan(score)]
+    ranks = {index: rank for rank, index in enumerate(sorted(scored, key=lambda i: -scores[i]), start=1)}
+    nuggets = []
+    for index, (position, span, score) in enumerate(zip(memory.positions, memory.spans, scores, strict=True)):
+        rank = ranks.get(index)
+        level = LEVELS if rank is None else LEVELS - (rank - 1) * LEVELS // len(ranks)
+        nuggets.append(Nugget(position, span, None if rank is None else score, rank, level))
+    return nuggets

@@ -1,0 +1,66 @@
+"""An inspection as one HTML page that needs no other file and runs no script."""
+
+from html import escape
+from importlib import resources
+from string import Template
+
+from nugget2d.inspection.marks import LEVELS, Inspection, Nugget, Run
+from nugget2d.inspection.visible import visible
+
+
+def to_html(inspection: Inspection) -> str:
+    """The page: figures, legend, the text with its nuggets (details on hover), and a table of all of them."""
+    template = Template((resources.files("nugget2d") / "inspection" / "page.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        model=escape(inspection.model),
+        figures="".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _figures(inspection)),
+        note=_note(inspection),
+        legend=_legend(inspection),
+        text="".join(map(_run, inspection.runs)),
+        rows="\n".join(_row(run, nugget) for run in inspection.runs if run.mark for nugget in run.mark.nuggets),
+    )
+
+
+def _figures(inspection: Inspection) -> list[tuple[str, str]]:
+    return [
+        ("Tokens", f"{inspection.num_tokens:,}"),
+        ("Nuggets", f"{inspection.num_nuggets:,}"),
+        ("Ratio", f"{inspection.ratio:.2f}"),
+        ("Memory", f"{inspection.nbytes:,} bytes"),
+        ("Full KV cache", f"{inspection.full_nbytes:,} bytes"),
+        ("Model", escape(inspection.model)),
+    ]
+
+
+def _note(inspection: Inspection) -> str:
+    if inspection.reconstructed:
+        return "The memory does not hold its text: this is the text as the model reconstructs it."
+    return "This is the source text."
+
+
+def _legend(inspection: Inspection) -> str:
+    if not inspection.scored:
+        return f'<mark class="n{LEVELS}">nugget</mark> <span>this selection gives no scores</span>'
+    shades = "".join(f'<mark class="n{level}">{level}</mark>' for level in range(1, LEVELS + 1))
+    return f"<span>lowest fifth of the scores</span> {shades} <span>highest fifth</span>"
+
+
+def _run(run: Run) -> str:
+    shown = escape(visible(run.text, marked=run.mark is not None))
+    if run.mark is None:
+        return shown
+    title = escape("; ".join(map(_details, run.mark.nuggets)))
+    return f'<mark class="n{run.mark.level}" title="{title}">{shown}</mark>'
+
+
+def _details(nugget: Nugget) -> str:
+    start, end = nugget.span
+    score = "no score" if nugget.score is None else f"score {nugget.score:.3f} (rank {nugget.rank})"
+    return f"token {nugget.position}, {score}, characters {start} to {end}"
+
+
+def _row(run: Run, nugget: Nugget) -> str:
+    start, end = nugget.span
+    score, rank = ("", "") if nugget.score is None else (f"{nugget.score:.3f}", f"{nugget.rank}")
+    cells = "".join(f"<td>{cell}</td>" for cell in (nugget.position, score, rank, f"{start}\u2013{end}"))
+    return f"<tr><td><code>{escape(visible(run.text, marked=True))}</code></td>{cells}</tr>"
