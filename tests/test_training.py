@@ -1,0 +1,172 @@
+"""Recipes, data packs, schedules, and the loop: a real (tiny) run, interrupted and resumed."""
+
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from nugget2d import Nugget2D
+from nugget2d.errors import RecipeError
+from nugget2d.training.corpus import Pack, documents, make_pack
+from nugget2d.training.recipe import OptimConfig, RatioConfig, Source, load_recipe
+from nugget2d.training.run import train
+from nugget2d.training.schedule import choose, learning_rate_factor, sample_ratio
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+WORDS = "the keeper of the light wrote in his book that the sea was calm and the lamp had burned all night . ".split()
+
+
+def small_recipe(folder: Path, **changes: object) -> Path:
+    """A recipe that trains in seconds, its text beside it."""
+    generator = torch.Generator().manual_seed(1)
+    text = " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (6000,), generator=generator))
+    (folder / "text.txt").write_text(text)
+    content: dict[str, object] = {
+        "name": "tiny",
+        "out": "run",
+        "data": {"train": [{"path": "text.txt"}], "held_out": [{"path": "text.txt", "max_chars": 4000}]},
+        "tokenizer": {"vocab_size": 300},
+        "model": {"hidden_size": 32, "intermediate_size": 64, "num_layers": 3, "num_heads": 2},
+        "pretrain": {
+            "tokens": 5120, "window": 32, "batch_tokens": 256, "evaluate_every": 10, "evaluate_windows": 4,
+            "optim": {"lr": 4e-3, "warmup_steps": 5},
+        },
+        "compress": {
+            "tokens": 10240, "batch_tokens": 256, "windows": {32: 1}, "segments": 2, "target": 16,
+            "ratios": {"low": 1, "high": 4, "start": 2}, "selections": {"even": 1, "window": 1}, "readout": 0.5,
+            "addressing": True, "evaluate_every": 10, "evaluate_windows": 4, "optim": {"lr": 4e-3, "warmup_steps": 5},
+        },
+    }  # fmt: skip
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content | changes))
+    return path
+
+
+def losses(log: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.compress is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sed": 1}, "unknown key `sed`"),
+        ({"name": None}, "`name`"),
+        ({"compress": None, "pretrain": None}, "nothing to do"),
+        ({"model": None}, "give `tokenizer` and `model`"),
+        ({"pretrain": {"batch_tokens": 64, "optim": {"lr": 1e-3}}}, "exactly one budget"),
+        ({"pretrain": {"tokens": 1, "batch_tokens": 64, "optim": {}}}, "missing key `pretrain.optim.lr`"),
+        ({"data": {"train": [{"path": "none.txt"}], "held_out": [{"path": "text.txt"}]}}, "none.txt"),
+        ({"model": {"hidden_size": 30, "intermediate_size": 8, "num_layers": 1, "num_heads": 4}}, "hidden_size"),
+    ],
+)
+def test_recipe_errors_name_the_key(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        train(small_recipe(tmp_path, **changes))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_recipe_that_is_no_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("a: [1")
+    with pytest.raises(RecipeError, match="not YAML"):
+        load_recipe(path)
+
+
+def test_documents_reads_every_format_alike(tmp_path: Path) -> None:
+    records = [{"text": "one\r\ntwo", "split": "train"}, {"text": "three", "split": "val"}]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "a.jsonl").write_text(lines)
+    with lzma.open(tmp_path / "b.jsonl.xz", "wt") as file:
+        file.write(lines)
+    (tmp_path / "c.txt").write_bytes(b"one\r\ntwo")
+    for name in ("a.jsonl", "b.jsonl.xz"):
+        assert list(documents(Source(path=name), tmp_path)) == ["one\r\ntwo", "three"]
+        assert list(documents(Source(path=name, where={"split": "val"}), tmp_path)) == ["three"]
+        assert list(documents(Source(path=name, max_chars=5), tmp_path)) == ["one\r\n"]
+    assert list(documents(Source(path="c.txt"), tmp_path)) == ["one\r\ntwo"]
+    (tmp_path / "d.jsonl").write_text('{"txt": 1}\n')
+    with pytest.raises(RecipeError, match="line 1"):
+        list(documents(Source(path="d.jsonl"), tmp_path))
+
+
+def test_pack_holds_the_text_and_is_reused(tmp_path: Path) -> None:
+    recipe = load_recipe(small_recipe(tmp_path))
+    tokenizer = make_pack(tmp_path / "pack", recipe.data, tmp_path, recipe.tokenizer, None)
+    pack = Pack(tmp_path / "pack" / "train.bin")
+    assert tokenizer.decode(pack.ids[:-1].tolist()) == (tmp_path / "text.txt").read_text()
+    assert pack.ids[-1] == tokenizer.eos_token_id
+    (tmp_path / "text.txt").unlink()  # made once, a pack is all that training reads
+    make_pack(tmp_path / "pack", recipe.data, tmp_path, recipe.tokenizer, None)
+    with pytest.raises(RecipeError, match="give more text"):
+        pack.windows(1, 10**7, torch.Generator())
+
+
+def test_schedules() -> None:
+    optim = OptimConfig(lr=1.0, warmup_steps=10, decay=0.5)
+    assert learning_rate_factor(0, 0.0, optim) == pytest.approx(0.1)
+    assert learning_rate_factor(100, 0.5, optim) == 1.0
+    assert learning_rate_factor(100, 0.75, optim) == pytest.approx(0.5)
+    assert learning_rate_factor(100, 1.0, optim) == 0.0
+    generator = torch.Generator().manual_seed(0)
+    ratios = RatioConfig(low=2, high=50, start=4, ramp=0.5)
+    early = [sample_ratio(0.0, ratios, generator) for _ in range(200)]
+    late = [sample_ratio(0.9, ratios, generator) for _ in range(200)]
+    assert 2 <= min(early) and max(early) <= 4 < 30 < max(late) <= 50
+    draws = [choose({"a": 3.0, "b": 1.0, "c": 0.0}, generator) for _ in range(400)]
+    assert 240 < draws.count("a") < 360 and draws.count("c") == 0
+
+
+def test_training_resumes_to_the_same_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(small_recipe(tmp_path), out=tmp_path / "whole")
+
+    class Interrupted(Exception):
+        pass
+
+    from nugget2d.training import loop
+
+    steps = loop._Run._step
+    calls = {"left": 33}  # 20 steps of pre-training, then into the compressor stage
+
+    def stop_early(run: object) -> object:
+        calls["left"] -= 1
+        if calls["left"] < 0:
+            raise Interrupted
+        return steps(run)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop._Run, "_step", stop_early)
+    recipe = small_recipe(tmp_path, save_minutes=1e-9)  # a checkpoint after every step
+    with pytest.raises(Interrupted):
+        train(recipe, out=tmp_path / "parts")
+    monkeypatch.setattr(loop._Run, "_step", steps)
+    parts = train(recipe, out=tmp_path / "parts")
+    for stage, count in (("pretrain", 20), ("compress", 40)):
+        first, second = losses(whole / stage / "log.jsonl"), losses(parts / stage / "log.jsonl")
+        assert len(first) == count
+        assert second == pytest.approx(first, abs=1e-4)
+        assert first[-1] < first[0]
+    assert (whole / "compress" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    model = Nugget2D.from_pretrained(whole / "model")
+    text = "the keeper of the light wrote in his book"
+    memory = model.compress(text, ratio=1, exact=True)
+    assert model.reconstruct(memory) == text
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    plain = small_recipe(tmp_path, pretrain=None)
+    first = train(plain, out=tmp_path / "plain")
+    content = yaml.safe_load(plain.read_text())
+    content["compress"]["checkpoint_activations"] = True
+    plain.write_text(yaml.safe_dump(content))
+    second = train(plain, out=tmp_path / "recomputed")
+    log = Path("compress") / "log.jsonl"
+    assert losses(second / log) == pytest.approx(losses(first / log), abs=1e-3)
