@@ -16,7 +16,31 @@ from nugget2d.training.run import train
 from nugget2d.training.schedule import choose, learning_rate_factor, sample_ratio
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
-WORDS = "the keeper of the light wrote in his book that the sea was calm and the lamp had burned all night . ".split()
+LINE = "the keeper of the light wrote in his book that the sea was calm and the lamp had burned all night ."
+WORDS = LINE.split()
+    "the",
+    "keeper",
+    "of",
+    "the",
+    "light",
+    "wrote",
+    "in",
+    "his",
+    "book",
+    "that",
+    "the",
+    "sea",
+    "was",
+    "calm",
+    "and",
+    "the",
+    "lamp",
+    "had",
+    "burned",
+    "all",
+    "night",
+    ".",
+]
 
 
 def small_recipe(folder: Path, **changes: object) -> Path:
@@ -36,7 +60,7 @@ def small_recipe(folder: Path, **changes: object) -> Path:
         },
         "compress": {
             "tokens": 10240, "batch_tokens": 256, "windows": {32: 1}, "segments": 2, "target": 16,
-            "ratios": {"low": 1, "high": 4, "start": 2}, "selections": {"even": 1, "window": 1}, "readout": 0.5,
+            "ratios": {"start": [2, 4], "end": [1, 4]}, "selections": {"even": 1, "window": 1}, "readout": 0.5,
             "addressing": True, "evaluate_every": 10, "evaluate_windows": 4, "optim": {"lr": 4e-3, "warmup_steps": 5},
         },
     }  # fmt: skip
@@ -65,6 +89,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ({"pretrain": {"batch_tokens": 64, "optim": {"lr": 1e-3}}}, "exactly one budget"),
         ({"pretrain": {"tokens": 1, "batch_tokens": 64, "optim": {}}}, "missing key `pretrain.optim.lr`"),
         ({"data": {"train": [{"path": "none.txt"}], "held_out": [{"path": "text.txt"}]}}, "none.txt"),
+        ({"compress": {"tokens": 1, "batch_tokens": 1, "optim": {"lr": 1}, "ratios": {"start": [9, 2]}}}, "[9, 2]"),
         ({"model": {"hidden_size": 30, "intermediate_size": 8, "num_layers": 1, "num_heads": 4}}, "hidden_size"),
     ],
 )
@@ -118,10 +143,11 @@ def test_schedules() -> None:
     assert learning_rate_factor(100, 0.75, optim) == pytest.approx(0.5)
     assert learning_rate_factor(100, 1.0, optim) == 0.0
     generator = torch.Generator().manual_seed(0)
-    ratios = RatioConfig(low=2, high=50, start=4, ramp=0.5)
-    early = [sample_ratio(0.0, ratios, generator) for _ in range(200)]
+    ratios = RatioConfig(start=(8, 16), end=(2, 50), moves=(0.2, 0.5))
+    early = [sample_ratio(0.1, ratios, generator) for _ in range(200)]
     late = [sample_ratio(0.9, ratios, generator) for _ in range(200)]
-    assert 2 <= min(early) and max(early) <= 4 < 30 < max(late) <= 50
+    assert min(early) >= 8 and max(early) <= 16
+    assert 2 <= min(late) < 3 and 40 < max(late) <= 50
     draws = [choose({"a": 3.0, "b": 1.0, "c": 0.0}, generator) for _ in range(400)]
     assert 240 < draws.count("a") < 360 and draws.count("c") == 0
 

@@ -50,7 +50,7 @@ def measure_fidelity(
     model: Nugget2D, windows: Sequence[str], ratio: float, *, selection: SelectionName | None = None
 ) -> dict[str, Any]:
     """Greedy reconstruction and teacher-forced accuracy of windows of equal length at one ratio."""
-    memories = model.compress(windows, ratio=ratio, selection=selection)
+    memories = model.compress(list(windows), ratio=ratio, selection=selection)
     texts = model.reconstruct(memories)
     ids = torch.tensor([tokenize(model.tokenizer, window)[0] for window in windows])
     hits, distance = reconstruction_hits(model, ids, ratio, selection=selection)

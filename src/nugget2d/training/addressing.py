@@ -16,7 +16,7 @@ from nugget2d.training.slots import slot_layout
 
 PEAK = 40.0  # logit at the addressed distance
 FLAG_SCALE = 2.0  # norm of the flag, in norms of an average embedding
-GROWTH = 1.5  # each encoder layer writes so much louder than the one before it, over what that has written
+GROWTH = 3.0  # each encoder layer writes so much louder than the one before it, over what that has written
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def address_slots(model: Nugget2D, ids: Tensor) -> None:
     rotary = getattr(model.lm.base_model, "rotary_emb", None)
     if rotary is None or model.flag is None or layout.encoder[0].self_attn.q_proj.bias is None:
         raise RecipeError("`addressing` needs rotary embeddings, `attention_bias: true` and the nugget flag")
-    frequencies = rotary.inv_freq
+    frequencies: Tensor = rotary.inv_freq
     # high frequencies tell neighbours apart, low ones keep far distances from aliasing
     share = frequencies.clamp(min=0.03).sqrt()
     amplitude = (PEAK * share / share.sum() * layout.head_dim**0.5).sqrt()
@@ -42,7 +42,7 @@ def address_slots(model: Nugget2D, ids: Tensor) -> None:
     def point(distance: float) -> Tensor:
         return torch.cat([amplitude * (distance * frequencies).cos(), amplitude * (distance * frequencies).sin()])
 
-    spread = model.lm.get_input_embeddings().weight.std()
+    spread = model.embed(ids).std()
     flag = torch.randn_like(model.flag)
     model.flag.copy_(flag * FLAG_SCALE * spread)
     direction = flag / flag.norm()

@@ -14,7 +14,7 @@ from nugget2d.training.slots import final_norm, slot_layout
 
 
 def readout_loss(model: Nugget2D, encoded: Encoded, ids: Tensor) -> Tensor:
-    """Mean cross-entropy over all slots that lie between a nugget and the one before it.
+    """Cross-entropy of the slots between a nugget and the one before it: mean over each layer, then over layers.
 
     Args:
         model: two copies of a Llama-shaped LM.
@@ -28,16 +28,18 @@ def readout_loss(model: Nugget2D, encoded: Encoded, ids: Tensor) -> Tensor:
     gaps = torch.diff(encoded.index, prepend=encoded.index.new_full((len(ids), 1), -1), dim=1)
     words, numbers = torch.unique(ids, return_inverse=True)
     embeddings = model.embed(words)
-    states, targets = [], []
+    losses = []
     for layer in range(1, len(layout.decoder)):
         distances = layout.distances(layer).to(ids.device)
         inside = distances[None, :, None] < gaps[:, None, :]  # (B, heads, K)
+        if not inside.any():
+            break
         places = (encoded.index[:, None, :] - distances[None, :, None]).clamp(min=0)
         wanted = numbers.gather(1, places.flatten(1)).view_as(places)
         values = encoded.nuggets.values[layer]  # (B, heads, K, head_dim)
         output = layout.decoder[layer].self_attn.o_proj.weight.view(-1, layout.heads, layout.head_dim)
         written = torch.einsum("bhkc,dhc->bhkd", values, output.to(values.dtype))
-        states.append(written[inside])
-        targets.append(wanted[inside])
-    logits = F.linear(norm(torch.cat(states)), embeddings)
-    return F.cross_entropy(logits.float(), torch.cat(targets))
+        logits = F.linear(norm(written[inside]), embeddings)
+        losses.append(F.cross_entropy(logits.float(), wanted[inside]))
+    # layers weigh the same: the far slots of deep layers are fewer, and would otherwise never be learned
+    return torch.stack(losses).mean()

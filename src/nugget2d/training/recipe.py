@@ -4,7 +4,7 @@ Paths are relative to the recipe's own folder. Unknown keys, wrong types and imp
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -96,20 +96,35 @@ class PretrainStage(Stage):
 
 
 class MixConfig(Frozen):
-    """Share of the micro-batches that each objective gets; they are normalized."""
+    """Share of the micro-batches that each objective gets (normalized); until `alone` only autoencoding."""
 
     reconstruct: float = Field(default=0.8, ge=0)
     proceed: float = Field(default=0.1, ge=0, alias="continue")
     lm: float = Field(default=0.1, ge=0)
+    alone: float = Field(default=0.0, ge=0, le=1)
+
+
+Bounds = tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]]
 
 
 class RatioConfig(Frozen):
-    """Ratios are log-uniform in [low, high]; `high` rises from `start` over the first `ramp` of the run."""
+    """Ratios are log-uniform within bounds that move from `start` to `end` between two points of the run."""
 
-    low: float = Field(default=1.0, ge=1)
-    high: float = Field(default=50.0, ge=1)
-    start: float = Field(default=4.0, ge=1)
-    ramp: float = Field(default=0.4, ge=0, le=1)
+    start: Bounds = (1.0, 8.0)
+    end: Bounds = (1.0, 50.0)
+    moves: tuple[float, float] = (0.0, 0.4)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "RatioConfig":
+        for key in ("start", "end", "moves"):
+            low, high = getattr(self, key)
+            if low > high:
+                raise ValueError(f"{key} must be [low, high], got [{low:g}, {high:g}]")
+        return self
+
+
+def _only_even() -> dict[SelectionName, float]:
+    return {"even": 1.0}
 
 
 class CompressStage(Stage):
@@ -133,10 +148,10 @@ class CompressStage(Stage):
     selection: SelectionName = "even"
     windows: dict[int, float] = Field(default_factory=lambda: {128: 1.0}, min_length=1)
     ratios: RatioConfig = RatioConfig()
-    mix: MixConfig = Field(default_factory=lambda: MixConfig.model_validate({}))
+    mix: MixConfig = Field(default_factory=lambda: MixConfig())
     segments: int = Field(default=4, ge=1)
     target: int = Field(default=64, ge=1)
-    selections: dict[SelectionName, float] = Field(default_factory=lambda: {"even": 1.0}, min_length=1)
+    selections: dict[SelectionName, float] = Field(default_factory=_only_even, min_length=1)
     readout: float = Field(default=0.0, ge=0)
     addressing: bool = False
     checkpoint_activations: bool = False

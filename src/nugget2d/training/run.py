@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from nugget2d.config import NuggetConfig
@@ -67,7 +68,7 @@ def _language_model(
     if recipe.model is None:
         raise RecipeError("give `model` or `compress.base`")
     lm = make_lm(recipe.model, tokenizer)
-    lm.to(torch.device(device))
+    nn.Module.to(lm, device)
     if recipe.pretrain is None:
         return lm
     task = PretrainTask(lm, recipe.pretrain, *packs)

@@ -19,11 +19,13 @@ def learning_rate_factor(step: int, progress: float, config: OptimConfig) -> flo
 
 
 def sample_ratio(progress: float, config: RatioConfig, generator: torch.Generator) -> float:
-    """A ratio, log-uniform between `low` and a ceiling that rises from `start` to `high` over `ramp`."""
-    risen = min(1.0, progress / config.ramp) if config.ramp else 1.0
-    high = max(config.low, config.start + (config.high - config.start) * risen)
-    draw = float(torch.rand(1, generator=generator))
-    return math.exp(math.log(config.low) + draw * math.log(high / config.low))
+    """A ratio, log-uniform within the bounds of this moment."""
+    begin, finish = config.moves
+    moved = min(1.0, max(0.0, (progress - begin) / max(finish - begin, 1e-9)))
+    low, high = (
+        math.log(a) + (math.log(b) - math.log(a)) * moved for a, b in zip(config.start, config.end, strict=True)
+    )
+    return math.exp(low + float(torch.rand(1, generator=generator)) * (high - low))
 
 
 def choose(weights: Mapping[Key, float], generator: torch.Generator) -> Key:

@@ -81,9 +81,8 @@ class CompressTask:
         length = choose(stage.windows, generator)
         selection: SelectionName = choose(stage.selections, generator)
         count = count_nuggets([length], sample_ratio(progress, stage.ratios, generator))[0]
-        objective = choose(
-            {"reconstruct": stage.mix.reconstruct, "continue": stage.mix.proceed, "lm": stage.mix.lm}, generator
-        )
+        mix = {"reconstruct": stage.mix.reconstruct, "continue": stage.mix.proceed, "lm": stage.mix.lm}
+        objective = "reconstruct" if progress < stage.mix.alone else choose(mix, generator)
         if objective == "lm":
             loss = lm_loss(self.model, self._draw(length, generator))
         elif objective == "continue":
@@ -109,7 +108,7 @@ class CompressTask:
         return ids.to(self.model.device)
 
     def evaluate(self) -> dict[str, Any]:
-        """Token accuracy at 4x, 10x and 20x, the profile at 20x, continuation and plain LM loss, on held-out windows."""
+        """Token accuracy at 4x, 10x, 20x, the profile at 20x, continuation and LM loss, on held-out windows."""
         length = max(self.stage.windows)
         windows = self.held_out.spread(self.stage.evaluate_windows, length)
         figures: dict[str, Any] = {}
