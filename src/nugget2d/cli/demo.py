@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nugget2d.cli.options import DEFAULT_MODEL, ModelName
 from nugget2d.cli.shared import against, load_model, progress
@@ -39,9 +40,8 @@ def demo(
     for wanted in ratios:
         with progress(f"compressing {wanted:g}x") as on_progress:
             memories.append(compressor.compress(text, ratio=wanted, on_progress=on_progress))
-    for memory in memories:
-        console.rule(f"nuggets at {memory.ratio:.1f}x")
-        print_inspection(inspect_text(text, memory), console)
+        console.rule(f"nuggets at {wanted:g}x")
+        print_inspection(inspect_text(text, memories[-1]), console)
     console.rule("what comes back")
     console.print(_comparison(compressor, text, memories))
     _exact_round_trip(compressor, text, ratios[-1], console)
@@ -70,12 +70,12 @@ def _comparison(model: "Nugget2D", text: str, memories: "list[Memory]") -> Table
     return table
 
 
-def _bleu(copy: str, text: str) -> str:
+def _bleu(copy: str, text: str) -> Text:
     try:
         from sacrebleu import corpus_bleu
     except ImportError:
-        return "pip install 'nugget2d[eval]'"
-    return f"{corpus_bleu([copy], [[text]]).score:.1f}"
+        return Text("pip install 'nugget2d[eval]'")
+    return Text(f"{corpus_bleu([copy], [[text]]).score:.1f}")
 
 
 def _exact_round_trip(model: "Nugget2D", text: str, ratio: float, console: Console) -> None:
@@ -84,8 +84,9 @@ def _exact_round_trip(model: "Nugget2D", text: str, ratio: float, console: Conso
         memory = model.compress(text, ratio=ratio, exact=True, on_progress=on_progress)
         same = model.reconstruct(memory, on_progress=on_progress) == text
     patch = memory.exact.patch_nbytes if memory.exact else 0
-    verdict = "[bold green]identical[/]" if same else "[bold red]different[/]"
+    verdict = "[bold green]identical to[/]" if same else "[bold red]different from[/]"
     console.print(
-        f"\nexact mode at {memory.ratio:.1f}x: {verdict} to the original, "
-        f"{len(text.encode()):,} bytes of text from the nuggets and a patch of {patch:,} bytes"
+        f"\nexact mode at {ratio:g}x: {verdict} the original, "
+        f"{len(text.encode()):,} bytes of text from the nuggets and a patch of {patch:,} bytes",
+        soft_wrap=True,
     )

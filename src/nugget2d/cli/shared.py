@@ -33,7 +33,7 @@ def load_model(name: str) -> "Nugget2D":
         ModelError: there is no such model, or its files are incomplete.
     """
     _quieten()
-    with Console(stderr=True).status(f"loading model {name}"):
+    with Console(stderr=True).status(Text(f"loading model {name}")):
         import torch
         from transformers.utils import logging
 
