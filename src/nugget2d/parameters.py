@@ -6,6 +6,7 @@ the decoder and a full copy of its layers is the encoder; token embeddings are s
 
 import copy
 import threading
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -118,7 +119,9 @@ class LoraParameters(Parameters):
         lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=list(config.lora_targets))
         try:
             inject_adapter_in_model(lora, lm, adapter_name="encoder")
-            inject_adapter_in_model(lora, lm, adapter_name="decoder")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two are the point here
+                inject_adapter_in_model(lora, lm, adapter_name="decoder")
         except ValueError as error:
             raise ModelError(
                 f"no adapter can be put on {type(lm).__name__}: {error}; set lora_targets to its projections"

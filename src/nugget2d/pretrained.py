@@ -1,7 +1,8 @@
 """Model folders: bundled, local or on a hub.
 
 nugget2d.json          NuggetConfig
-base/                  a transformers folder: config, tokenizer and weights
+base/                  a transformers folder: config and weights
+tokenizer/             apart from base/: beside a config, transformers may swap in the class of that model type
 nugget2d.safetensors   scorer, soft prompts, flag, and the encoder copy or both adapters
 """
 
@@ -22,7 +23,7 @@ from nugget2d.config import NuggetConfig
 from nugget2d.errors import ModelError, OutputError
 from nugget2d.model import Nugget2D
 
-CONFIG_FILE, WEIGHTS_FILE, BASE_FOLDER = "nugget2d.json", "nugget2d.safetensors", "base"
+CONFIG_FILE, WEIGHTS_FILE, BASE_FOLDER, TOKENIZER_FOLDER = "nugget2d.json", "nugget2d.safetensors", "base", "tokenizer"
 
 
 def bundled_models() -> list[str]:
@@ -55,8 +56,10 @@ def resolve(name: str | Path) -> Path:
     )
 
 
-def load_base(base: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer from a folder or hub id, in float32 on the CPU.
+def load_base(
+    base: Path | str, tokenizer_folder: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM from a folder or hub id, in float32 on the CPU, and its tokenizer from there or its own folder.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -64,7 +67,7 @@ def load_base(base: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     try:
         auto = cast(Any, AutoModelForCausalLM)
         lm, report = auto.from_pretrained(base, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder or base)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load base model {str(base)!r}: {error}") from error
     if report["missing_keys"]:
@@ -85,7 +88,7 @@ def load(name: str | Path) -> Nugget2D:
         own = load_file(folder / WEIGHTS_FILE)
     except (OSError, ValidationError, SafetensorError) as error:
         raise ModelError(f"model folder {folder} is incomplete or damaged: {error}") from error
-    lm, tokenizer = load_base(folder / BASE_FOLDER)
+    lm, tokenizer = load_base(folder / BASE_FOLDER, folder / TOKENIZER_FOLDER)
     model = Nugget2D(lm, tokenizer, config)
     try:
         missing, unexpected = model.load_state_dict({k: v.float() for k, v in own.items()}, strict=False)
@@ -115,7 +118,7 @@ def save(model: Nugget2D, folder: Path | str, dtype: torch.dtype | None = None) 
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: keep(tensor) for name, tensor in own.items()}, folder / WEIGHTS_FILE)
         model.lm.save_pretrained(folder / BASE_FOLDER, state_dict=base)
-        model.tokenizer.save_pretrained(folder / BASE_FOLDER)
+        model.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
         (folder / CONFIG_FILE).write_text(json.dumps(model.config.model_dump(), indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write model to {folder}: {error}") from error

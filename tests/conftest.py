@@ -1,0 +1,49 @@
+"""Every test runs offline, on one thread, from fixed seeds."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import pytest
+import tiny
+import torch
+from hypothesis import settings
+
+from nugget2d import Nugget2D
+
+torch.set_num_threads(1)
+settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(1234)
+
+
+@pytest.fixture(
+    scope="session", params=[(kind, adapters) for kind in tiny.KINDS for adapters in tiny.ADAPTERS], ids="-".join
+)
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Every kind of LM with both kinds of parameters."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def plain(case: tuple[str, str]) -> Nugget2D:
+    """An untrained model: encoder and decoder compute exactly as the base. Not to be changed by tests."""
+    return tiny.make(*case)
+
+
+@pytest.fixture(scope="session")
+def model(case: tuple[str, str]) -> Nugget2D:
+    """A model whose two parameter sets differ, as after training. Not to be changed by tests."""
+    return tiny.trained(*case)
+
+
+@pytest.fixture(scope="session")
+def llama() -> Nugget2D:
+    """One trained-like model for tests that need no matrix. Not to be changed by tests."""
+    return tiny.trained("llama", "copies")
