@@ -96,7 +96,11 @@ class PretrainStage(Stage):
 
 
 class MixConfig(Frozen):
-    """Share of the micro-batches that each objective gets (normalized); until `alone` only autoencoding."""
+    """Share of the micro-batches that each objective gets (normalized).
+
+    Until `alone` there is only autoencoding of the longest windows with the model's own selection: a small model must
+    first find out how to read a memory at all (docs/LOG.md).
+    """
 
     reconstruct: float = Field(default=0.8, ge=0)
     proceed: float = Field(default=0.1, ge=0, alias="continue")

@@ -46,6 +46,9 @@ def train(recipe_path: Path, *, out: Path | None = None, fresh: bool = False) ->
     packs = Pack(folder / "pack" / "train.bin"), Pack(folder / "pack" / "held_out.bin")
     console.print(f"{len(packs[0]):,} training tokens, {len(packs[1]):,} held out")
     lm = _language_model(recipe, folder, tokenizer, packs, base, device, fresh)
+    if device == "cpu":
+        # 15 % faster to train than sdpa, whose CPU kernel has no fast backward pass
+        lm.set_attn_implementation("eager")
     if recipe.compress is not None:
         model = _wrap(lm, tokenizer, recipe, recipe.compress, packs[0])
         task = CompressTask(model.to(device), recipe.compress, *packs)
@@ -80,7 +83,7 @@ def _language_model(
 
 def make_lm(shape: ShapeConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     """A Llama-shaped LM with random weights and tied embeddings."""
-    return LlamaForCausalLM(
+    lm = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=shape.hidden_size,
@@ -92,11 +95,15 @@ def make_lm(shape: ShapeConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForC
             attention_bias=shape.attention_bias,
             max_position_embeddings=shape.max_position_embeddings,
             tie_word_embeddings=True,
+            initializer_range=0.5 / shape.hidden_size**0.5,
             bos_token_id=tokenizer.eos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=None,
         )
     )
+    # the embeddings are the head too: logits of unit spread from the start
+    nn.init.normal_(lm.model.embed_tokens.weight, std=shape.hidden_size**-0.5)
+    return lm
 
 
 def _wrap(

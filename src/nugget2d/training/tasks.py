@@ -78,11 +78,12 @@ class CompressTask:
     def loss(self, progress: float, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Loss of one micro-batch under an objective drawn from the mix."""
         stage = self.stage
-        length = choose(stage.windows, generator)
-        selection: SelectionName = choose(stage.selections, generator)
+        alone = progress < stage.mix.alone
+        length = max(stage.windows) if alone else choose(stage.windows, generator)
+        selection: SelectionName = stage.selection if alone else choose(stage.selections, generator)
         count = count_nuggets([length], sample_ratio(progress, stage.ratios, generator))[0]
         mix = {"reconstruct": stage.mix.reconstruct, "continue": stage.mix.proceed, "lm": stage.mix.lm}
-        objective = "reconstruct" if progress < stage.mix.alone else choose(mix, generator)
+        objective = "reconstruct" if alone else choose(mix, generator)
         if objective == "lm":
             loss = lm_loss(self.model, self._draw(length, generator))
         elif objective == "continue":
