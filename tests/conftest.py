@@ -7,10 +7,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
-import tiny
 import torch
 from hypothesis import settings
 
+import tiny
 from nugget2d import Nugget2D
 
 torch.set_num_threads(1)

@@ -3,11 +3,11 @@
 import copy
 
 import pytest
-import tiny
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
+import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.cache import Nuggets, gather_nuggets
 from nugget2d.compressing import pad

@@ -5,13 +5,13 @@ import warnings
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
+import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import ExactFallbackWarning, InputError, MemoryFileError
 from nugget2d.exact import _pack, _unpack

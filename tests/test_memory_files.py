@@ -6,10 +6,10 @@ import random
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
 
+import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import InputError, MemoryFileError, MismatchError, OutputError
 from nugget2d.files import atomic_write, decode_text, read_text

@@ -4,10 +4,10 @@ import time
 import unicodedata
 
 import pytest
-import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tiny
 from nugget2d.errors import InputError
 from nugget2d.segmentation import detokenize, split, tokenize
 

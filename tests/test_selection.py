@@ -1,13 +1,14 @@
 """Which tokens become nuggets, and how many."""
 
+from itertools import pairwise
 from math import ceil
 
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tiny
 from nugget2d.errors import InputError
 from nugget2d.selection import POLICIES, SCORED, count_nuggets, even_ends, select
 
@@ -39,7 +40,7 @@ def test_every_policy_takes_k_in_order_and_the_last(name: str, size: tuple[int, 
 def test_even_gaps_differ_by_one_at_most(size: tuple[int, int]) -> None:
     n, k = size
     ends = [-1, *even_ends(n, k).tolist()]
-    gaps = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(ends)]
     assert min(gaps) >= 1
     assert max(gaps) - min(gaps) <= 1
     assert ends[-1] == n - 1
