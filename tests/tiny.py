@@ -22,7 +22,8 @@ KINDS = ("llama", "qwen2", "mistral")
 ADAPTERS = ("lora", "copies")
 WINDOW = 32
 
-TEXT = """The lighthouse keeper wrote in the log every evening, whether or not a ship had passed. On some days there was \
+TEXT = """\
+The lighthouse keeper wrote in the log every evening, whether or not a ship had passed. On some days there was \
 only the weather to note: wind from the west, rain before noon, a clear sky at dusk. On others, he counted sails. \
 "Seven," he would say to the dog, and the dog would look up as if it had counted too.
 
