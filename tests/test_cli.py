@@ -334,11 +334,18 @@ def test_output_is_checked_before_any_work(
         (tmp_path / "exists", "--force"),
         (tmp_path, "folder"),
         (tmp_path / "no" / "a", "does not exist"),
+        (tmp_path / ("long" * 99), "too long"),
+        (Path(os.devnull), "folder or a device"),
     ]:
         fails("compress", source, "-o", out, saying=saying)
         fails("reconstruct", memories / "plain.nugget", "-o", out, saying=saying)
         fails("inspect", memories / "plain.nugget", "--html", out, saying=saying)
     assert (tmp_path / "exists").read_text() == "precious"
+
+
+def test_closed_folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    fails("compress", source, "-o", tmp_path / "a", saying="no permission")
 
 
 def test_force_replaces(model: str, source: Path, tmp_path: Path) -> None:
@@ -370,10 +377,10 @@ def test_no_space_left(
 def test_no_space_left_behind_a_redirection(memories: Path) -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
-            [*SCRIPT, "reconstruct", memories / "exact.nugget"], stdout=full, stderr=subprocess.PIPE, text=True
+            [*SCRIPT, "inspect", memories / "exact.nugget"], stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert done.returncode == 1
-    assert done.stderr == "error: cannot write standard output: No space left on device\n"
+    assert done.stderr == "error: cannot write standard output: No space left on device; free some space\n"
 
 
 def test_a_process_writes_the_bytes_and_nothing_else(memories: Path) -> None:

@@ -52,6 +52,8 @@ def check_writable(path: Path, *, force: bool) -> None:
         raise OutputError(f"{path} exists; pass --force to replace it")
     if not parent:
         raise OutputError(f"cannot write {path}: folder {path.parent} does not exist; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"cannot write {path}: no permission to write in {path.parent}; choose another folder")
 
 
 def decode_text(data: bytes, source: str) -> str:

@@ -3,6 +3,7 @@
 Nothing imported here may import torch, transformers or pydantic: `nugget2d --help` answers at once.
 """
 
+import errno
 import os
 import sys
 from typing import Annotated, Any
@@ -16,11 +17,9 @@ from nugget2d.cli.demo import demo
 from nugget2d.cli.generate import generate
 from nugget2d.cli.inspect import inspect
 from nugget2d.cli.reconstruct import reconstruct
-from nugget2d.cli.shared import say
+from nugget2d.cli.shared import INTERRUPTED, say
 from nugget2d.cli.train import train
 from nugget2d.errors import NuggetError
-
-INTERRUPTED = 130  # what shells report for a process that SIGINT ended
 
 
 class Commands(TyperGroup):
@@ -37,9 +36,21 @@ class Commands(TyperGroup):
             say("error", "interrupted")
             raise typer.Exit(INTERRUPTED) from error
         except BrokenPipeError as error:
-            # The reader (`| head`) has what it wanted. Python flushes stdout once more at exit: into nothing.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # the reader (`| head`) has what it wanted
+            _discard_stdout()
             raise typer.Exit(1) from error
+        except OSError as error:
+            # files report a full disk as OutputError; this is standard output, redirected to one
+            if error.errno != errno.ENOSPC:
+                raise
+            say("error", f"cannot write {error.filename or 'standard output'}: {error.strerror}; free some space")
+            _discard_stdout()
+            raise typer.Exit(1) from error
+
+
+def _discard_stdout() -> None:
+    """Python flushes stdout once more at exit: into nothing, so that it does not fail a second time."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 app = typer.Typer(

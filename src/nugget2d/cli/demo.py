@@ -89,4 +89,5 @@ def _exact_round_trip(model: "Nugget2D", text: str, ratio: float, console: Conso
         f"\nexact mode at {ratio:g}x: {verdict} the original, "
         f"{len(text.encode()):,} bytes of text from the nuggets and a patch of {patch:,} bytes",
         soft_wrap=True,
+        highlight=False,
     )

@@ -58,13 +58,14 @@ def inspect(
 
 def _is_memory(source: str) -> bool:
     """By name, so that a damaged memory is not taken for a text; else by the first bytes of a safetensors file."""
-    if source == "-":
-        return False
     path = Path(source)
-    if path.suffix == ".nugget" or not path.is_file():
-        return path.suffix == ".nugget"
-    with path.open("rb") as file:
-        head = file.read(9)
+    if path.suffix == ".nugget":
+        return True
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError:
+        return False  # "-", or what reading it as a text will complain about
     # a header of less than 16 MB, opened by a brace: no text has NULs there
     return head[4:] == b"\0\0\0\0{"
 

@@ -1,5 +1,7 @@
 """What every command needs: one-line messages, progress, models, and bytes to standard output."""
 
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,11 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from nugget2d.errors import ExactFallbackWarning, InputError, ModelError, OutputError
+from nugget2d.errors import ExactFallbackWarning, InputError, ModelError
 from nugget2d.files import decode_text, read_text
 
 if TYPE_CHECKING:
     from nugget2d import Memory, Nugget2D
+
+INTERRUPTED = 130  # what shells report for a process that SIGINT ended
 
 
 def say(kind: str, message: str) -> None:
@@ -34,10 +38,11 @@ def load_model(name: str) -> "Nugget2D":
     """
     _quieten()
     with Console(stderr=True).status(Text(f"loading model {name}")):
-        import torch
-        from transformers.utils import logging
+        with safe_to_interrupt():
+            import torch
+            from transformers.utils import logging
 
-        from nugget2d import Nugget2D
+            from nugget2d import Nugget2D
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -68,7 +73,8 @@ def load_memory(path: Path) -> "Memory":
     Raises:
         MemoryFileError: missing, not a memory, truncated or damaged.
     """
-    from nugget2d import Memory
+    with safe_to_interrupt():
+        from nugget2d import Memory
 
     return Memory.load(path)
 
@@ -95,18 +101,9 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def write_stdout(data: bytes) -> None:
-    """Write bytes to standard output as they are: no newline added, none translated.
-
-    Raises:
-        OutputError: the system refuses them (disk full behind a redirection).
-    """
-    try:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise OutputError(f"cannot write standard output: {error.strerror or error}") from error
+    """Write bytes to standard output as they are: no newline added, none translated."""
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
 
 
 def figures() -> Table:
@@ -130,6 +127,22 @@ def require_temperature(temperature: float) -> None:
     """
     if not 0 <= temperature < float("inf"):
         raise InputError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
+
+
+@contextmanager
+def safe_to_interrupt() -> Iterator[None]:
+    """While torch is imported, Ctrl-C ends the process at once: an exception inside its C++ start-up would abort it."""
+
+    def leave(*_: object) -> None:
+        Console(stderr=True).show_cursor()
+        say("error", "interrupted")
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _quieten() -> None:

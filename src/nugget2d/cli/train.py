@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from nugget2d.cli.shared import safe_to_interrupt
+
 
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train, on what, for how long.")],
@@ -14,6 +16,7 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
 ) -> None:
     """Train a language model and its compressor from a recipe, resuming if it was interrupted."""
-    from nugget2d.training.run import train as run
+    with safe_to_interrupt():
+        from nugget2d.training.run import train as run
 
     run(recipe, out=out, fresh=fresh)
