@@ -18,29 +18,6 @@ from nugget2d.training.schedule import choose, learning_rate_factor, sample_rati
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 LINE = "the keeper of the light wrote in his book that the sea was calm and the lamp had burned all night ."
 WORDS = LINE.split()
-    "the",
-    "keeper",
-    "of",
-    "the",
-    "light",
-    "wrote",
-    "in",
-    "his",
-    "book",
-    "that",
-    "the",
-    "sea",
-    "was",
-    "calm",
-    "and",
-    "the",
-    "lamp",
-    "had",
-    "burned",
-    "all",
-    "night",
-    ".",
-]
 
 
 def small_recipe(folder: Path, **changes: object) -> Path:

@@ -51,6 +51,8 @@ def train(recipe_path: Path, *, out: Path | None = None, fresh: bool = False) ->
         lm.set_attn_implementation("eager")
     if recipe.compress is not None:
         model = _wrap(lm, tokenizer, recipe, recipe.compress, packs[0])
+        if device == "cuda":
+            compile_blocks(model.parameters_by_role)
         task = CompressTask(model.to(device), recipe.compress, *packs)
         fit(task, folder / "compress", seed=recipe.seed, save_minutes=recipe.save_minutes, fresh=fresh)
         model.eval().save_pretrained(folder / "model", dtype=torch.bfloat16)
@@ -74,11 +76,26 @@ def _language_model(
     nn.Module.to(lm, device)
     if recipe.pretrain is None:
         return lm
+    if device == "cuda":
+        compile_blocks(lm)
     task = PretrainTask(lm, recipe.pretrain, *packs)
     fit(task, folder / "pretrain", seed=recipe.seed, save_minutes=recipe.save_minutes, fresh=fresh)
     lm.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     return lm
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Compile everything in the layers but attention, in place, for batches of any shape.
+
+    Attention is left out: whether its cache is empty and its mask is there changes with every objective, and whole
+    layers would run into the recompilation limit.
+    """
+    for layers in (m for m in module.modules() if isinstance(m, nn.ModuleList)):
+        for layer in layers:
+            for name, block in layer.named_children():
+                if "attn" not in name and "attention" not in name:
+                    block.compile(dynamic=True)
 
 
 def make_lm(shape: ShapeConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
