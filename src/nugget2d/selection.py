@@ -4,6 +4,7 @@ Every policy takes the last token of a segment: under a causal mask it alone has
 section 3.1). The chosen indices are always in text order.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from math import ceil
 from zlib import crc32
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from nugget2d.config import SelectionName
 from nugget2d.errors import InputError
 
-# (scores (n,), delimiter flags (n,), k, generator) -> the indices chosen, any order, the last token may be missing
-Policy = Callable[[Tensor, Tensor, int, torch.Generator], Tensor]
+# (scores (R, n), delimiter flags (R, n), k) -> (R, k - 1) the indices chosen besides the last token, in any order
+Policy = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class Scorer(nn.Module):
@@ -43,41 +44,39 @@ def even_ends(n: int, k: int) -> Tensor:
     return ((torch.arange(1, k + 1) * n + k // 2) // k - 1).clamp_(max=n - 1)
 
 
-def _learned(scores: Tensor, delimiters: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    return scores[:-1].topk(k - 1).indices
+def _best(scores: Tensor, delimiters: Tensor, k: int) -> Tensor:
+    return scores[:, :-1].topk(k - 1).indices
 
 
-def _window(scores: Tensor, delimiters: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    ends = even_ends(len(scores), k).tolist()
-    starts = [0, *(end + 1 for end in ends)]
-    return torch.tensor(
-        [start + int(scores[start : end + 1].argmax()) for start, end in zip(starts, ends[:-1], strict=False)],
-        dtype=torch.long,
-    )
+def _window(scores: Tensor, delimiters: Tensor, k: int) -> Tensor:
+    n = scores.shape[1]
+    ends = even_ends(n, k).to(scores.device)
+    window = torch.searchsorted(ends, torch.arange(n, device=scores.device))
+    inside = window == torch.arange(k - 1, device=scores.device)[:, None]  # (k - 1, n)
+    return scores[:, None].masked_fill(~inside, -torch.inf).argmax(-1)
 
 
-def _even(scores: Tensor, delimiters: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    return even_ends(len(scores), k)[:-1]
+def _even(scores: Tensor, delimiters: Tensor, k: int) -> Tensor:
+    return even_ends(scores.shape[1], k)[:-1].to(scores.device).expand(len(scores), -1)
 
 
-def _random(scores: Tensor, delimiters: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(len(scores) - 1, generator=generator)[: k - 1]
+def _punctuation(scores: Tensor, delimiters: Tensor, k: int) -> Tensor:
+    """Delimiters, thinned evenly if there are too many; other tokens, evenly, if too few."""
+    return torch.stack([_thinned(row[:-1], k - 1) for row in delimiters])
 
 
-def _punctuation(scores: Tensor, delimiters: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """Delimiters, thinned evenly if there are too many; the gaps' middles of what is left if too few."""
-    marked = delimiters[:-1].nonzero().flatten()
-    if len(marked) >= k - 1:
-        return marked[even_ends(len(marked), k - 1)] if k > 1 else marked[:0]
-    others = (~delimiters[:-1]).nonzero().flatten()
-    return torch.cat([marked, others[even_ends(len(others), k - 1 - len(marked))]])
+def _thinned(wanted: Tensor, count: int) -> Tensor:
+    first, rest = wanted.nonzero().flatten(), (~wanted).nonzero().flatten()
+    if len(first) < count:
+        return torch.cat([first, rest[even_ends(len(rest), count - len(first)).to(rest.device)]])
+    return first[even_ends(len(first), count).to(first.device)]
 
 
 POLICIES: dict[SelectionName, Policy] = {
-    "learned": _learned,
+    "learned": _best,
     "window": _window,
     "even": _even,
-    "random": _random,
+    "random": _best,  # of random scores
     "punctuation": _punctuation,
 }
 SCORED: frozenset[SelectionName] = frozenset({"learned", "window"})
@@ -134,18 +133,29 @@ def select(
         raise InputError(f"unknown selection {name!r}; choose one of {', '.join(POLICIES)}")
     if (scores is None and name in SCORED) or (delimiters is None and name == "punctuation"):
         raise InputError(f"selection {name!r} needs {'scores' if name in SCORED else 'delimiters'}")
+    if name == "random":
+        scores = _noise(ids, lengths, generator)
+    scores = torch.zeros(ids.shape, device=ids.device) if scores is None else scores.detach()
+    delimiters = torch.zeros_like(ids, dtype=torch.bool) if delimiters is None else delimiters
     widest = max(counts)
-    index = torch.zeros(len(lengths), widest, dtype=torch.long)
-    valid = torch.zeros(len(lengths), widest, dtype=torch.bool)
-    host_ids = ids.cpu()
-    host_scores = torch.zeros(ids.shape) if scores is None else scores.detach().cpu()
-    host_delimiters = torch.zeros(ids.shape, dtype=torch.bool) if delimiters is None else delimiters.cpu()
-    for row, (n, k) in enumerate(zip(lengths, counts, strict=True)):
-        last = torch.tensor([n - 1])
+    index = torch.zeros(len(lengths), widest, dtype=torch.long, device=ids.device)
+    valid = torch.zeros(len(lengths), widest, dtype=torch.bool, device=ids.device)
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for row, size in enumerate(zip(lengths, counts, strict=True)):
+        alike[size].append(row)
+    for (n, k), rows in alike.items():
         if k > 1:
-            source = generator or torch.Generator().manual_seed(crc32(host_ids[row, :n].numpy().tobytes()))
-            chosen = POLICIES[name](host_scores[row, :n], host_delimiters[row, :n], k, source)
-            last = torch.cat([chosen.sort().values, last])
-        index[row, widest - k :] = last
-        valid[row, widest - k :] = True
-    return index.to(ids.device), valid.to(ids.device)
+            index[rows, widest - k : -1] = POLICIES[name](scores[rows, :n], delimiters[rows, :n], k).sort().values
+        index[rows, -1] = n - 1
+        valid[rows, widest - k :] = True
+    return index, valid
+
+
+def _noise(ids: Tensor, lengths: Sequence[int], generator: torch.Generator | None) -> Tensor:
+    """(B, n) random scores: from `generator`, or from each row's own tokens."""
+    if generator is not None:
+        return torch.rand(ids.shape, generator=generator).to(ids.device)
+    noise = torch.zeros(ids.shape)
+    for row, (tokens, n) in enumerate(zip(ids.cpu(), lengths, strict=True)):
+        noise[row, :n] = torch.rand(n, generator=torch.Generator().manual_seed(crc32(tokens[:n].numpy().tobytes())))
+    return noise.to(ids.device)
