@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 from nugget2d import Nugget2D
 from nugget2d.errors import RecipeError
@@ -158,6 +159,8 @@ def test_training_resumes_to_the_same_curve(tmp_path: Path, monkeypatch: pytest.
         assert second == pytest.approx(first, abs=1e-4)
         assert first[-1] < first[0]
     assert (whole / "compress" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    with safe_open(whole / "model" / "base" / "model.safetensors", "pt") as weights:
+        assert not any("lm_head" in name for name in weights.keys())  # noqa: SIM118  tied: written once
     model = Nugget2D.from_pretrained(whole / "model")
     text = "the keeper of the light wrote in his book"
     memory = model.compress(text, ratio=1, exact=True)

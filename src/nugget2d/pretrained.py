@@ -107,9 +107,13 @@ def save(model: Nugget2D, folder: Path | str, dtype: torch.dtype | None = None) 
         OutputError: `folder` is a file, cannot be made, or the disk is full.
     """
     folder = Path(folder)
+    kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        # tied weights stay one tensor, so that they are written once
+        if tensor.data_ptr() not in kept:
+            kept[tensor.data_ptr()] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        return kept[tensor.data_ptr()]
 
     own = _own_state(model)
     base = {k.removeprefix(_LM): keep(v) for k, v in model.state_dict().items() if k.startswith(_LM) and k not in own}
