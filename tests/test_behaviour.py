@@ -323,6 +323,21 @@ def test_checkpointed_gradients_equal_plain_ones(case, selection: str) -> None:
         same(plain[name], saved[name], 1e-6)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_mixed_precision_trains_everything(case, attention: str) -> None:
+    """Under autocast the mask that carries the scorer's gradient must have the dtype of the queries."""
+    model = tiny.trained(*case)
+    model.lm.set_attn_implementation(attention)
+    ids = tiny.random_ids(2, 20)
+    wanted = loss_of(model, ids, "learned").item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(model, ids, "learned")
+    loss.backward()
+    assert loss.item() == close(wanted, rel=0.05)
+    assert model.scorer.output.weight.grad.abs().sum() > 0
+    assert all(p.grad is not None for p in model.parameters_by_role.decoder_parameters())
+
+
 # ---- writing on ----
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import ExactFallbackWarning, InputError, MemoryFileError
-from nugget2d.exact import _pack, _unpack
+from nugget2d.exact import _pack, _unpack, find_patch
 
 ODD_TEXTS = {
     "one character": "x",
@@ -143,6 +143,14 @@ def test_an_ordinary_memory_of_an_untrained_model_is_not_exact(llama: Nugget2D) 
 def test_lone_surrogates_are_refused(llama: Nugget2D) -> None:
     with pytest.raises(InputError, match="surrogate"):
         llama.compress("broken \udcff", exact=True)
+
+
+def test_near_ties_are_patched_too() -> None:
+    """Another device may round them the other way."""
+    logits = torch.tensor([[5.0, 1.0, 0.0], [5.0, 4.999, 0.0], [5.0, 1.0, 0.0], [5.0, 4.9, 0.0]])
+    ids = torch.tensor([0, 0, 2, 0])
+    assert find_patch(logits, ids) == {1: 0, 2: 2}
+    assert find_patch(logits.bfloat16(), ids) == {1: 0, 2: 2, 3: 0}
 
 
 PATCH = st.dictionaries(st.integers(0, 5000), st.integers(0, 300_000), max_size=40)

@@ -94,6 +94,7 @@ def test_generate_needs_positions_and_changes_the_cache(lm, fill) -> None:
     assert not torch.allclose(first_logits(None), right, atol=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_switching_adapters_freezes_the_other() -> None:
     """Fact 8: which is why every switch is followed by set_requires_grad."""
     lm = tiny.lm()

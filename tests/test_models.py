@@ -56,6 +56,7 @@ def test_models_that_cannot_work_are_refused(build, reason: str, adapters: str) 
         wrap(build(), adapters=adapters)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_choices_that_do_not_fit_the_model_are_refused() -> None:
     with pytest.raises(ModelError, match="scorer_layer is 9"):
         wrap(tiny.lm(), scorer_layer=9)
@@ -228,6 +229,23 @@ def test_other_calls_during_a_stream_disturb_nothing(adapters: str) -> None:
     assert again.positions == memory.positions
     assert all(torch.equal(a.data, b.data) for a, b in zip(again.keys, memory.keys, strict=True))
     assert "".join([*pieces, *stream]) == wanted
+
+
+@pytest.mark.parametrize("adapters", tiny.ADAPTERS)
+def test_a_role_belongs_to_one_thread_at_a_time(adapters: str) -> None:
+    sets = tiny.make("llama", adapters).parameters_by_role
+    entered = threading.Event()
+
+    def other() -> None:
+        with sets.role("decoder"):
+            entered.set()
+
+    thread = threading.Thread(target=other)
+    with sets.role("encoder"), sets.role("base"):
+        thread.start()
+        assert not entered.wait(0.1)
+    thread.join()
+    assert entered.is_set()
 
 
 def test_an_abandoned_stream_stops() -> None:

@@ -13,6 +13,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,12 @@ class Memory:
             offsets += [start] * segment.num_nuggets
             start += segment.num_tokens
         return (self.local_positions + torch.tensor(offsets, dtype=torch.int32)).tolist()
+
+    @cached_property
+    def segment_slices(self) -> tuple[slice, ...]:
+        """Where the nuggets of each segment are, among all nuggets."""
+        ends = list(accumulate(segment.num_nuggets for segment in self.segments))
+        return tuple(slice(start, end) for start, end in pairwise([0, *ends]))
 
     @property
     def spans(self) -> list[tuple[int, int]]:

@@ -25,7 +25,7 @@ SegmentRef = tuple[Memory, int]  # a memory and the number of one of its segment
 
 def segment_nuggets(model: "Nugget2D", rows: Sequence[SegmentRef]) -> Nuggets:
     """One segment of one memory in each row, left-padded, keys at segment-local positions."""
-    slices = [_segment_slice(memory, number) for memory, number in rows]
+    slices = [memory.segment_slices[number] for memory, number in rows]
     widest = max(part.stop - part.start for part in slices)
 
     def stack(layers: Sequence[Sequence[States]]) -> list[Tensor]:
@@ -165,8 +165,3 @@ def score(model: "Nugget2D", text: str, memory: Memory | None) -> float:
         raise InputError("nothing to score: the text is empty or a single token that nothing predicts")
     logits = model.decode(None, ids[:, :-1], prompt=None)
     return float(token_losses(logits, ids[:, 1:]).mean())
-
-
-def _segment_slice(memory: Memory, number: int) -> slice:
-    start = sum(segment.num_nuggets for segment in memory.segments[:number])
-    return slice(start, start + memory.segments[number].num_nuggets)
