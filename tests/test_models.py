@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 import tiny
 from nugget2d import Memory, Nugget2D
@@ -161,6 +162,16 @@ def test_damaged_files_of_a_model_are_refused(adapters: str, tmp_path) -> None:
         (folder / file).unlink()
         with pytest.raises(ModelError):
             Nugget2D.from_pretrained(folder)
+
+
+def test_a_base_with_weights_missing_is_refused(tmp_path) -> None:
+    """transformers alone would go on with random ones."""
+    tiny.make().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="no weights for"):
+        Nugget2D.from_pretrained(tmp_path)
 
 
 def test_weights_of_another_shape_are_refused(tmp_path) -> None:
