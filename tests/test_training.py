@@ -176,3 +176,12 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
     second = train(plain, out=tmp_path / "recomputed")
     log = Path("compress") / "log.jsonl"
     assert losses(second / log) == pytest.approx(losses(first / log), abs=1e-3)
+
+
+def test_smoke_recipe_learns_to_copy(tmp_path: Path) -> None:
+    folder = train(Path(__file__).parent.parent / "recipes" / "smoke.yaml", out=tmp_path / "smoke")
+    curve = losses(folder / "compress" / "log.jsonl")
+    assert sum(curve[-10:]) < 0.7 * sum(curve[:10])
+    last = json.loads((folder / "compress" / "log.jsonl").read_text().splitlines()[-1])["held_out"]
+    assert last["accuracy_4x"] > 0.3
+    assert Nugget2D.from_pretrained(folder / "model").config.name == "smoke"

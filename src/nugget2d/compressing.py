@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,15 +11,15 @@ from nugget2d.config import SelectionName
 from nugget2d.errors import InputError
 from nugget2d.exact import ExactRecord, SegmentPatch, find_patch
 from nugget2d.memory import Memory, Segment
+from nugget2d.network import Network
 from nugget2d.segmentation import Piece, split
 from nugget2d.selection import count_nuggets
 from nugget2d.states import States, StoreDtype
 
-if TYPE_CHECKING:
-    from nugget2d.model import Nugget2D
-
 # Tokens of a padded batch: large enough to fill the matrix products, small enough for any machine's memory.
 BATCH_TOKENS = 8192
+# Exact mode computes logits for every token of a batch: half a gigabyte of float32, whatever the vocabulary.
+BATCH_LOGITS = 1 << 27
 
 
 @dataclass
@@ -35,7 +34,7 @@ class _Job:
 
 @torch.no_grad()
 def compress_texts(
-    model: "Nugget2D",
+    model: Network,
     texts: Sequence[str],
     ratio: float,
     exact: bool,
@@ -48,7 +47,8 @@ def compress_texts(
     jobs = [job for document in documents for job in document]
     store = dtype or ("bfloat16" if model.lm.dtype == torch.bfloat16 else "float32")
     done = 0
-    for batch in _batches(jobs):
+    limit = min(BATCH_TOKENS, BATCH_LOGITS // model.lm.config.vocab_size) if exact else BATCH_TOKENS
+    for batch in _batches(jobs, limit):
         _encode(model, batch, selection, store)
         if exact:
             _find_patches(model, batch)
@@ -58,7 +58,7 @@ def compress_texts(
     return [_assemble(document, exact) for document in documents]
 
 
-def _plan(model: "Nugget2D", text: str, ratio: float, number: int) -> list[_Job]:
+def _plan(model: Network, text: str, ratio: float, number: int) -> list[_Job]:
     if not isinstance(text, str):
         raise InputError(f"text {number} is {type(text).__name__}, not str; decode bytes first")
     pieces = split(model.tokenizer, text, model.config.window)
@@ -68,11 +68,11 @@ def _plan(model: "Nugget2D", text: str, ratio: float, number: int) -> list[_Job]
     return [_Job(piece, count) for piece, count in zip(pieces, counts, strict=True)]
 
 
-def _batches(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
-    """Jobs of similar length together, at most BATCH_TOKENS with padding."""
+def _batches(jobs: Sequence[_Job], limit: int) -> Iterator[list[_Job]]:
+    """Jobs of similar length together, at most `limit` tokens with padding."""
     batch: list[_Job] = []
     for job in sorted(jobs, key=lambda job: len(job.piece.ids)):
-        if batch and (len(batch) + 1) * len(job.piece.ids) > BATCH_TOKENS:
+        if batch and (len(batch) + 1) * len(job.piece.ids) > limit:
             yield batch
             batch = []
         batch.append(job)
@@ -86,7 +86,7 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
 
 
-def _encode(model: "Nugget2D", batch: list[_Job], selection: SelectionName, store: StoreDtype) -> None:
+def _encode(model: Network, batch: list[_Job], selection: SelectionName, store: StoreDtype) -> None:
     ids = pad([job.piece.ids for job in batch], model.device)
     encoded = model.encode(
         ids, [len(job.piece.ids) for job in batch], [job.count for job in batch], selection=selection
@@ -111,7 +111,7 @@ def _encode(model: "Nugget2D", batch: list[_Job], selection: SelectionName, stor
         )
 
 
-def _find_patches(model: "Nugget2D", batch: list[_Job]) -> None:
+def _find_patches(model: Network, batch: list[_Job]) -> None:
     """One teacher-forced pass over the states as they will be kept: what would greedy decoding miss?"""
     ids = pad([job.piece.ids for job in batch], model.device)
     nuggets = reading.segment_nuggets(model, [(job.memory, 0) for job in batch if job.memory is not None])

@@ -1,30 +1,29 @@
 """A digest that tells which model a memory belongs to."""
 
 import hashlib
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from nugget2d.memory import Fingerprint
-
-if TYPE_CHECKING:
-    from nugget2d.model import Nugget2D
 
 # Enough numbers of every tensor to tell any two trainings apart, few enough for a 70B model in seconds.
 _SAMPLES = 1024
 
 
-def fingerprint(model: "Nugget2D") -> Fingerprint:
+def fingerprint(name: str, state: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
     """Digest of the names, shapes and a fixed sample of all weights (as bfloat16), and of the tokenizer.
 
     Rounding to bfloat16 makes a checkpoint loaded in float32 or bfloat16 the same model.
     """
     weights = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for key, tensor in sorted(state.items()):
         flat = tensor.detach().flatten()
         step = max(1, flat.numel() // _SAMPLES)
         sample = flat[::step].to(torch.bfloat16).cpu().contiguous()
-        weights.update(f"{name}{tuple(tensor.shape)}".encode())
+        weights.update(f"{key}{tuple(tensor.shape)}".encode())
         weights.update(sample.view(torch.uint8).numpy().tobytes())
-    words = hashlib.sha256(model.tokenizer.backend_tokenizer.to_str().encode())
-    return Fingerprint(model.config.name, weights.hexdigest(), words.hexdigest())
+    words = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+    return Fingerprint(name, weights.hexdigest(), words.hexdigest())

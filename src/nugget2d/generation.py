@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,16 +10,14 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from nugget2d.errors import InputError
 from nugget2d.memory import Memory
+from nugget2d.network import Network
 from nugget2d.parameters import Role
 from nugget2d.reading import text_nuggets
-
-if TYPE_CHECKING:
-    from nugget2d.model import Nugget2D
 
 
 @torch.no_grad()
 def generate(
-    model: "Nugget2D",
+    model: Network,
     prompt: str,
     memory: Memory | None,
     max_new_tokens: int,
@@ -64,7 +62,7 @@ class _Abandoned(StoppingCriteria):
         return cast(torch.BoolTensor, stop)
 
 
-def _stream(run: Callable[..., Tensor], model: "Nugget2D") -> Iterator[str]:
+def _stream(run: Callable[..., Tensor], model: Network) -> Iterator[str]:
     """Pieces of text as a thread generates them; its error, if any, is raised here."""
     streamer = TextIteratorStreamer(
         cast(Any, model.tokenizer), skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -90,7 +88,7 @@ def _stream(run: Callable[..., Tensor], model: "Nugget2D") -> Iterator[str]:
         raise failure[0]
 
 
-def _inputs(model: "Nugget2D", prompt: str, memory: Memory | None, copies: int) -> dict[str, Any]:
+def _inputs(model: Network, prompt: str, memory: Memory | None, copies: int) -> dict[str, Any]:
     """What transformers' generate needs to go on from a cache: embeddings, mask AND positions of length K + q.
 
     Leaving out the mask or the positions gives wrong text without an error; the embeddings of the K cached

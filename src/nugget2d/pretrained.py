@@ -7,9 +7,10 @@ nugget2d.safetensors   scorer, soft prompts, flag, and the encoder copy or both 
 """
 
 import json
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,9 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from nugget2d.config import NuggetConfig
 from nugget2d.errors import ModelError, OutputError
-from nugget2d.model import Nugget2D
+from nugget2d.network import Network
 
 CONFIG_FILE, WEIGHTS_FILE, BASE_FOLDER, TOKENIZER_FOLDER = "nugget2d.json", "nugget2d.safetensors", "base", "tokenizer"
+
+N = TypeVar("N", bound=Network)
 
 
 def bundled_models() -> list[str]:
@@ -76,8 +79,10 @@ def load_base(
     return lm, tokenizer
 
 
-def load(name: str | Path) -> Nugget2D:
-    """See `Nugget2D.from_pretrained`.
+def load(make: Callable[[PreTrainedModel, PreTrainedTokenizerBase, NuggetConfig], N], name: str | Path) -> N:
+    """What `make` makes of a folder's LM, tokenizer and configuration, with the folder's weights.
+
+    See `Nugget2D.from_pretrained`.
 
     Raises:
         ModelError: unknown, incomplete or inconsistent.
@@ -89,7 +94,7 @@ def load(name: str | Path) -> Nugget2D:
     except (OSError, ValidationError, SafetensorError) as error:
         raise ModelError(f"model folder {folder} is incomplete or damaged: {error}") from error
     lm, tokenizer = load_base(folder / BASE_FOLDER, folder / TOKENIZER_FOLDER)
-    model = Nugget2D(lm, tokenizer, config)
+    model = make(lm, tokenizer, config)
     try:
         missing, unexpected = model.load_state_dict({k: v.float() for k, v in own.items()}, strict=False)
     except RuntimeError as error:
@@ -100,7 +105,7 @@ def load(name: str | Path) -> Nugget2D:
     return model
 
 
-def save(model: Nugget2D, folder: Path | str, dtype: torch.dtype | None = None) -> None:
+def save(model: Network, folder: Path | str, dtype: torch.dtype | None = None) -> None:
     """See `Nugget2D.save_pretrained`.
 
     Raises:
@@ -132,7 +137,7 @@ _LM = "parameters_by_role.lm."
 _SHARED = "parameters_by_role.encoder."
 
 
-def _own_state(model: Nugget2D) -> dict[str, Tensor]:
+def _own_state(model: Network) -> dict[str, Tensor]:
     """Everything that is not the base: scorer, prompts, flag, encoder copy (without shared embeddings), adapters."""
     shared = {id(p) for p in model.lm.get_input_embeddings().parameters()}
     names = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in shared}

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,10 +11,8 @@ from nugget2d.errors import ExactFallbackWarning, InputError, MemoryFileError
 from nugget2d.exact import digest
 from nugget2d.losses import token_losses
 from nugget2d.memory import Memory
+from nugget2d.network import Network
 from nugget2d.states import States
-
-if TYPE_CHECKING:
-    from nugget2d.model import Nugget2D
 
 # Segments decoded side by side.
 BATCH_ROWS = 64
@@ -23,7 +20,7 @@ BATCH_ROWS = 64
 SegmentRef = tuple[Memory, int]  # a memory and the number of one of its segments
 
 
-def segment_nuggets(model: "Nugget2D", rows: Sequence[SegmentRef]) -> Nuggets:
+def segment_nuggets(model: Network, rows: Sequence[SegmentRef]) -> Nuggets:
     """One segment of one memory in each row, left-padded, keys at segment-local positions."""
     slices = [memory.segment_slices[number] for memory, number in rows]
     widest = max(part.stop - part.start for part in slices)
@@ -48,7 +45,7 @@ def segment_nuggets(model: "Nugget2D", rows: Sequence[SegmentRef]) -> Nuggets:
     )
 
 
-def text_nuggets(model: "Nugget2D", memory: Memory) -> Nuggets:
+def text_nuggets(model: Network, memory: Memory) -> Nuggets:
     """A whole memory as one row, every segment's keys rotated to where it stands in the text."""
     memory.require(model.fingerprint)
     device, dtype = model.device, model.lm.dtype
@@ -64,7 +61,7 @@ def text_nuggets(model: "Nugget2D", memory: Memory) -> Nuggets:
 
 @torch.no_grad()
 def reconstruct_ids(
-    model: "Nugget2D",
+    model: Network,
     memories: Sequence[Memory],
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[list[list[int]]]:
@@ -84,7 +81,7 @@ def reconstruct_ids(
 
 
 def reconstruct_texts(
-    model: "Nugget2D", memories: Sequence[Memory], on_progress: Callable[[int, int], None] | None
+    model: Network, memories: Sequence[Memory], on_progress: Callable[[int, int], None] | None
 ) -> list[str]:
     """See `Nugget2D.reconstruct`."""
     rows = reconstruct_ids(model, memories, on_progress)
@@ -118,7 +115,7 @@ def _verified(memory: Memory, parts: list[str]) -> list[str]:
     return parts
 
 
-def _replay(model: "Nugget2D", rows: Sequence[SegmentRef]) -> list[list[int]]:
+def _replay(model: Network, rows: Sequence[SegmentRef]) -> list[list[int]]:
     """Greedy decoding of one segment a row; where the row has a patch, its token goes instead of the guess."""
     lengths = [memory.segments[number].num_tokens for memory, number in rows]
     steps = max(lengths)
@@ -150,7 +147,7 @@ def _replay(model: "Nugget2D", rows: Sequence[SegmentRef]) -> list[list[int]]:
     return [ids[:length] for ids, length in zip(output.tolist(), lengths, strict=True)]
 
 
-def score(model: "Nugget2D", text: str, memory: Memory | None) -> float:
+def score(model: Network, text: str, memory: Memory | None) -> float:
     """See `Nugget2D.score`."""
     ids = model.ids(text)
     if memory is not None:

@@ -5,13 +5,13 @@ from torch import Tensor
 
 from nugget2d.config import SelectionName
 from nugget2d.losses import token_losses
-from nugget2d.model import Nugget2D
+from nugget2d.network import Network
 from nugget2d.selection import count_nuggets
 
 
 @torch.no_grad()
 def reconstruction_hits(
-    model: Nugget2D, windows: Tensor, ratio: float, *, selection: SelectionName | None = None, rows: int = 32
+    model: Network, windows: Tensor, ratio: float, *, selection: SelectionName | None = None, rows: int = 32
 ) -> tuple[Tensor, Tensor]:
     """Which tokens the decoder would predict right, given the true tokens before them.
 
@@ -48,7 +48,7 @@ def copy_span_profile(hits: Tensor, distance: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def continuation_loss(model: Nugget2D, windows: Tensor, context: int, ratio: float | None, *, rows: int = 32) -> float:
+def continuation_loss(model: Network, windows: Tensor, context: int, ratio: float | None, *, rows: int = 32) -> float:
     """Mean loss of the last n - `context` tokens of (N, n) windows, in nats.
 
     `ratio` compresses the first `context` tokens as one segment; None shows the model nothing of them.
@@ -67,7 +67,7 @@ def continuation_loss(model: Nugget2D, windows: Tensor, context: int, ratio: flo
 
 
 @torch.no_grad()
-def lm_loss_per_token(model: Nugget2D, windows: Tensor, context: int, *, rows: int = 32) -> float:
+def lm_loss_per_token(model: Network, windows: Tensor, context: int, *, rows: int = 32) -> float:
     """Mean loss of tokens after the first `context` of (N, n) windows by plain language modelling, in nats."""
     losses = []
     for ids in windows.split(rows):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nugget2d.errors import RecipeError
-from nugget2d.model import Nugget2D
+from nugget2d.network import Network
 from nugget2d.selection import even_ends
 from nugget2d.training.slots import slot_layout
 
@@ -20,7 +20,7 @@ GROWTH = 3.0  # each encoder layer writes so much louder than the one before it,
 
 
 @torch.no_grad()
-def address_slots(model: Nugget2D, ids: Tensor) -> None:
+def address_slots(model: Network, ids: Tensor) -> None:
     """Set flag, biases and the flag's effect on encoder queries.
 
     Args:
@@ -62,7 +62,7 @@ def address_slots(model: Nugget2D, ids: Tensor) -> None:
             attention.q_proj.weight[rows] += torch.outer((point(-distance) - point(0)) / seen, direction)
 
 
-def _flag_contrast(model: Nugget2D, projection: nn.Module, direction: Tensor, ids: Tensor) -> Tensor:
+def _flag_contrast(model: Network, projection: nn.Module, direction: Tensor, ids: Tensor) -> Tensor:
     """How much further inputs of `projection` lie along `direction` for nuggets than for other tokens."""
     caught: list[Tensor] = []
     hook = projection.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))

@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from nugget2d.cache import Nuggets
 from nugget2d.config import SelectionName
 from nugget2d.losses import token_losses
-from nugget2d.model import Encoded, Nugget2D
+from nugget2d.network import Encoded, Network
 
 
 def reconstruct_loss(
-    model: Nugget2D, ids: Tensor, count: int, selection: SelectionName, generator: torch.Generator
+    model: Network, ids: Tensor, count: int, selection: SelectionName, generator: torch.Generator
 ) -> tuple[Tensor, Encoded]:
     """Autoencoding: predict every token of a window from its `count` nuggets."""
     batch, length = ids.shape
@@ -27,7 +27,7 @@ def reconstruct_loss(
 
 
 def continue_loss(
-    model: Nugget2D,
+    model: Network,
     ids: Tensor,
     segments: int,
     length: int,
@@ -46,12 +46,12 @@ def continue_loss(
     return token_losses(logits, target).mean()
 
 
-def lm_loss(model: Nugget2D, ids: Tensor) -> Tensor:
+def lm_loss(model: Network, ids: Tensor) -> Tensor:
     """Plain language modelling by the base."""
     return token_losses(model.decode(None, ids[:, :-1], prompt=None), ids[:, 1:]).mean()
 
 
-def join_rows(model: Nugget2D, nuggets: Nuggets, batch: int, segments: int, length: int) -> Nuggets:
+def join_rows(model: Network, nuggets: Nuggets, batch: int, segments: int, length: int) -> Nuggets:
     """Rows (batch * segments) of equal length as (batch) memories of consecutive segments, keys rotated into place."""
     if segments == 1:
         return nuggets

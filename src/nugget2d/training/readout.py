@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nugget2d.model import Encoded, Nugget2D
+from nugget2d.network import Encoded, Network
 from nugget2d.training.slots import final_norm, slot_layout
 
 
-def readout_loss(model: Nugget2D, encoded: Encoded, ids: Tensor) -> Tensor:
+def readout_loss(model: Network, encoded: Encoded, ids: Tensor) -> Tensor:
     """Cross-entropy of the slots between a nugget and the one before it: mean over each layer, then over layers.
 
     Args:

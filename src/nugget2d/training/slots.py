@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from nugget2d.errors import RecipeError
 from nugget2d.hidden import find_layers
-from nugget2d.model import Nugget2D
+from nugget2d.network import Network
 from nugget2d.parameters import CopiedParameters
 
 
@@ -34,7 +34,7 @@ class SlotLayout:
         return (layer - 1) * self.heads + torch.arange(self.heads)
 
 
-def slot_layout(model: Nugget2D) -> SlotLayout:
+def slot_layout(model: Network) -> SlotLayout:
     """The layout of a model made of two copies of a Llama-shaped LM.
 
     Raises:
