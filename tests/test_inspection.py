@@ -95,12 +95,12 @@ def test_json_holds_figures_and_runs(memory: Memory) -> None:
     assert [nugget["score"] for nugget in nuggets] == pytest.approx(memory.scores.tolist())
 
 
-def test_without_scores_json_says_null_and_the_page_says_so(model: Nugget2D) -> None:
-    inspection = inspect_text(TEXT, model.compress(TEXT, ratio=5, selection="even"))
-    nuggets = [nugget for run in json.loads(to_json(inspection))["runs"] for nugget in run["nuggets"]]
-    assert {(nugget["score"], nugget["rank"]) for nugget in nuggets} == {(None, None)}
-    assert "gives no scores" in to_html(inspection)
-    assert "nan" not in to_html(inspection).lower()
+@pytest.mark.parametrize("selection", ["even", "random", "punctuation"])
+def test_nuggets_have_scores_whether_or_not_the_selection_looks(model: Nugget2D, selection: str) -> None:
+    memory = model.compress(TEXT, ratio=5, selection=selection)
+    everything = model.compress(TEXT, ratio=1)
+    scores = dict(zip(everything.positions, everything.scores.tolist(), strict=True))
+    assert memory.scores.tolist() == pytest.approx([scores[position] for position in memory.positions], abs=1e-5)
 
 
 class _Page(HTMLParser):

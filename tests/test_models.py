@@ -272,3 +272,8 @@ def test_an_abandoned_stream_stops() -> None:
 def test_an_error_in_a_stream_reaches_the_reader(llama: Nugget2D) -> None:
     with pytest.raises(InputError):
         list(llama.generate("The", stream=True, no_such_option=1))
+
+
+def test_a_name_too_long_is_an_unknown_model() -> None:
+    with pytest.raises(ModelError, match="cannot look up"):
+        Nugget2D.from_pretrained("n" * 5000)

@@ -11,7 +11,7 @@ Positions, the choice of this project:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,6 +50,26 @@ class Nuggets:
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             cache.update(keys, values, layer)
         return cache
+
+
+class AllCollected(Exception):
+    """The cache has the keys and values of the last layer: nothing after that is of use."""
+
+
+class CollectingCache(DynamicCache):
+    """A cache for the encoder, whose pass ends with the last layer's keys and values.
+
+    That layer's attention and feed-forward block would only feed a head that is not there. It ends by `AllCollected`.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keep what a layer computed; see `DynamicCache.update`."""
+        kept = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == len(self.layers) - 1:
+            raise AllCollected
+        return kept
 
 
 def gather_nuggets(cache: DynamicCache, index: Tensor, valid: Tensor, bias: Tensor | None = None) -> Nuggets:

@@ -69,10 +69,11 @@ def _plan(model: Network, text: str, ratio: float, number: int) -> list[_Job]:
 
 
 def _batches(jobs: Sequence[_Job], limit: int) -> Iterator[list[_Job]]:
-    """Jobs of similar length together, at most `limit` tokens with padding."""
+    """Jobs of similar length together: at most `limit` tokens with padding, none padded by more than a third."""
     batch: list[_Job] = []
     for job in sorted(jobs, key=lambda job: len(job.piece.ids)):
-        if batch and (len(batch) + 1) * len(job.piece.ids) > limit:
+        length = len(job.piece.ids)
+        if batch and ((len(batch) + 1) * length > limit or 4 * len(batch[0].piece.ids) < 3 * length):
             yield batch
             batch = []
         batch.append(job)
@@ -88,11 +89,16 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 def _encode(model: Network, batch: list[_Job], selection: SelectionName, store: StoreDtype) -> None:
     ids = pad([job.piece.ids for job in batch], model.device)
+    token_scores = model.token_scores(ids)
     encoded = model.encode(
-        ids, [len(job.piece.ids) for job in batch], [job.count for job in batch], selection=selection
+        ids,
+        [len(job.piece.ids) for job in batch],
+        [job.count for job in batch],
+        selection=selection,
+        scores=token_scores,
     )
     nuggets, index = encoded.nuggets, encoded.index.int().cpu()
-    scores = torch.full(index.shape, torch.nan) if encoded.scores is None else encoded.scores.cpu()
+    scores = token_scores.gather(1, encoded.index).cpu()
     keys, values = ([layer.cpu() for layer in states] for states in (nuggets.keys, nuggets.values))
     for row, job in enumerate(batch):
         # the padding is on the left: the last `count` slots are the row's own

@@ -64,7 +64,7 @@ class Memory:
         values: the same for the values.
         local_positions: (k,) int32, index of each chosen token within its segment.
         token_spans: (k, 2) int32, character offsets [start, end) of each chosen token in the whole text.
-        scores: (k,) float32, the scorer's value of each chosen token; NaN where the selection does not score.
+        scores: (k,) float32, the scorer's value of each chosen token, whether or not the selection looked.
         segments: the stretches, in text order.
         fingerprint: who can read this.
         cache_itemsize: bytes of one number of the model's ordinary KV cache, for `full_nbytes`.
@@ -252,9 +252,11 @@ class Memory:
         metadata = _metadata(data, path)
         if metadata.get("format") != FORMAT:
             raise MemoryFileError(f"{path} is not a memory file; make one with `nugget2d compress`")
-        if metadata.get("version") != str(VERSION):
+        if not metadata.get("version", "").isdigit():
+            raise MemoryFileError(_damaged(path))
+        if metadata["version"] != str(VERSION):
             raise MemoryFileError(
-                f"{path} has format version {metadata.get('version')}, this package reads {VERSION}; upgrade it"
+                f"{path} has format version {metadata['version']}, this package reads {VERSION}; upgrade it"
             )
         try:
             tensors = load_tensors(data)

@@ -5,15 +5,16 @@ rows, n tokens, K nuggets, d hidden size.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nugget2d.cache import KeyRotation, Nuggets, gather_nuggets, reading_mask
+from nugget2d.cache import AllCollected, CollectingCache, KeyRotation, Nuggets, gather_nuggets, reading_mask
 from nugget2d.config import NuggetConfig, SelectionName
 from nugget2d.fingerprint import fingerprint
 from nugget2d.hidden import find_layers, hidden_after
@@ -28,19 +29,17 @@ PromptName = Literal["reconstruct", "continue"]
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """What `Network.encode` returns: the nuggets, which tokens they are, and their scores.
+    """What `Network.encode` returns: the nuggets, and which tokens they are.
 
     Attributes:
         nuggets: states, padded.
         index: (B, K) token index of each nugget in its row.
         valid: (B, K) bool, False on the padding.
-        scores: (B, K) float32, or None where the selection does not score.
     """
 
     nuggets: Nuggets
     index: Tensor
     valid: Tensor
-    scores: Tensor | None
 
 
 class Network(nn.Module):
@@ -102,6 +101,7 @@ class Network(nn.Module):
         *,
         selection: SelectionName | None = None,
         generator: torch.Generator | None = None,
+        scores: Tensor | None = None,
     ) -> "Encoded":
         """Choose nuggets and compute their states in one encoder pass.
 
@@ -111,9 +111,11 @@ class Network(nn.Module):
             counts: nuggets of each row.
             selection: policy; None takes the model's own.
             generator: for random selection.
+            scores: (B, n) from `token_scores`; None computes them if the selection needs them.
         """
         selection = selection or self.config.selection
-        scores = self.token_scores(ids) if selection in SCORED else None
+        if scores is None and selection in SCORED:
+            scores = self.token_scores(ids)
         delimiters = self._delimiters.to(ids.device)[ids] if selection == "punctuation" else None
         index, valid = select(
             selection, ids, lengths, counts, scores=scores, delimiters=delimiters, generator=generator
@@ -123,8 +125,8 @@ class Network(nn.Module):
             # added, not assigned: a padded slot points at token 0 and must not un-choose it
             chosen = torch.zeros_like(ids).scatter_add(1, index, valid.long()).bool()
             embeds = embeds + chosen[..., None] * self.flag.to(embeds.dtype)
-        cache = DynamicCache(config=self.lm.config)
-        with self.parameters_by_role.role("encoder") as body:
+        cache = CollectingCache(config=self.lm.config)
+        with self.parameters_by_role.role("encoder") as body, suppress(AllCollected):
             body(
                 inputs_embeds=embeds,
                 attention_mask=torch.ones_like(ids),
@@ -132,9 +134,11 @@ class Network(nn.Module):
                 past_key_values=cache,
                 use_cache=True,
             )
-        picked = None if scores is None else scores.gather(1, index)
-        bias = None if picked is None or not picked.requires_grad else picked - picked.detach()
-        return Encoded(gather_nuggets(cache, index, valid, bias), index, valid, picked)
+        bias = None
+        if scores is not None and scores.requires_grad:
+            picked = scores.gather(1, index)
+            bias = picked - picked.detach()
+        return Encoded(gather_nuggets(cache, index, valid, bias), index, valid)
 
     def decode(
         self, nuggets: Nuggets | None, ids: Tensor, *, prompt: PromptName | None, start: int | Tensor = 0

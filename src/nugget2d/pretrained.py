@@ -44,10 +44,13 @@ def resolve(name: str | Path) -> Path:
     if str(name) in bundled_models():
         return Path(str(resources.files("nugget2d") / "models" / str(name)))
     folder = Path(name)
-    if (folder / CONFIG_FILE).is_file():
-        return folder
-    if folder.is_dir():
-        raise ModelError(f"{folder} has no {CONFIG_FILE}; is it a base model? wrap it with Nugget2D.from_base")
+    try:
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+        if folder.is_dir():
+            raise ModelError(f"{folder} has no {CONFIG_FILE}; is it a base model? wrap it with Nugget2D.from_base")
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise ModelError(f"cannot look up model {str(name)[:80]!r}: {error.strerror}") from error
     if str(name).count("/") == 1 and not str(name).startswith((".", "/")):
         try:
             return Path(snapshot_download(str(name)))

@@ -5,7 +5,6 @@ text: then they are cut from what the model reconstructs, nugget by nugget at it
 """
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -24,15 +23,15 @@ class Nugget:
     Attributes:
         position: its index in the whole token sequence.
         span: characters [start, end) of it in the source text.
-        score: what the scorer gave it; None where the selection does not score.
-        rank: 1 for the highest score of the memory; None without scores.
-        level: shade, 1 (lowest fifth of the scores) to `LEVELS`; `LEVELS` without scores.
+        score: what the scorer gave it, whether or not the selection looked.
+        rank: 1 for the highest score of the memory.
+        level: shade, 1 (lowest fifth of the scores) to `LEVELS`.
     """
 
     position: int
     span: tuple[int, int]
-    score: float | None
-    rank: int | None
+    score: float
+    rank: int
     level: int
 
 
@@ -80,11 +79,6 @@ class Inspection:
             runs += [Run(self.text[shown : mark.start]), Run(self.text[mark.start : mark.end], mark)]
             shown = mark.end
         return [run for run in (*runs, Run(self.text[shown:])) if run.text or run.mark]
-
-    @property
-    def scored(self) -> bool:
-        """Whether the nuggets have scores."""
-        return any(nugget.rank is not None for mark in self.marks for nugget in mark.nuggets)
 
 
 def inspect_text(text: str, memory: Memory) -> Inspection:
@@ -170,11 +164,9 @@ def _inspection(text: str, spans: Sequence[tuple[int, int]], memory: Memory, *, 
 
 def _nuggets(memory: Memory) -> list[Nugget]:
     scores: list[float] = memory.scores.tolist()
-    scored = [index for index, score in enumerate(scores) if not math.isnan(score)]
-    ranks = {index: rank for rank, index in enumerate(sorted(scored, key=lambda i: -scores[i]), start=1)}
-    nuggets = []
-    for index, (position, span, score) in enumerate(zip(memory.positions, memory.spans, scores, strict=True)):
-        rank = ranks.get(index)
-        level = LEVELS if rank is None else LEVELS - (rank - 1) * LEVELS // len(ranks)
-        nuggets.append(Nugget(position, span, None if rank is None else score, rank, level))
-    return nuggets
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])
+    ranks = {index: rank for rank, index in enumerate(order, start=1)}
+    return [
+        Nugget(position, span, score, ranks[index], LEVELS - (ranks[index] - 1) * LEVELS // len(ranks))
+        for index, (position, span, score) in enumerate(zip(memory.positions, memory.spans, scores, strict=True))
+    ]

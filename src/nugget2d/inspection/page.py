@@ -15,7 +15,7 @@ def to_html(inspection: Inspection) -> str:
         model=escape(inspection.model),
         figures="".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _figures(inspection)),
         note=_note(inspection),
-        legend=_legend(inspection),
+        legend=_legend(),
         text="".join(map(_run, inspection.runs)),
         rows="\n".join(_row(run, nugget) for run in inspection.runs if run.mark for nugget in run.mark.nuggets),
     )
@@ -38,9 +38,7 @@ def _note(inspection: Inspection) -> str:
     return "This is the source text."
 
 
-def _legend(inspection: Inspection) -> str:
-    if not inspection.scored:
-        return f'<mark class="n{LEVELS}">nugget</mark> <span>this selection gives no scores</span>'
+def _legend() -> str:
     shades = "".join(f'<mark class="n{level}">{level}</mark>' for level in range(1, LEVELS + 1))
     return f"<span>lowest fifth of the scores</span> {shades} <span>highest fifth</span>"
 
@@ -55,12 +53,11 @@ def _run(run: Run) -> str:
 
 def _details(nugget: Nugget) -> str:
     start, end = nugget.span
-    score = "no score" if nugget.score is None else f"score {nugget.score:.3f} (rank {nugget.rank})"
-    return f"token {nugget.position}, {score}, characters {start} to {end}"
+    return f"token {nugget.position}, score {nugget.score:.3f} (rank {nugget.rank}), characters {start} to {end}"
 
 
 def _row(run: Run, nugget: Nugget) -> str:
     start, end = nugget.span
-    score, rank = ("", "") if nugget.score is None else (f"{nugget.score:.3f}", f"{nugget.rank}")
-    cells = "".join(f"<td>{cell}</td>" for cell in (nugget.position, score, rank, f"{start}\u2013{end}"))
+    values = (nugget.position, f"{nugget.score:.3f}", nugget.rank, f"{start}\u2013{end}")
+    cells = "".join(f"<td>{value}</td>" for value in values)
     return f"<tr><td><code>{escape(visible(run.text, marked=True))}</code></td>{cells}</tr>"

@@ -14,7 +14,7 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
     """Print figures, a legend and the text with its nuggets; without colours they stand between ⟦ and ⟧."""
     coloured = console.color_system is not None
     console.print(_figures(inspection), soft_wrap=True)
-    console.print(_legend(inspection, coloured), soft_wrap=True)
+    console.print(_legend(coloured), soft_wrap=True)
     body = Text()
     for run in inspection.runs:
         shown = visible(run.text, marked=run.mark is not None)
@@ -36,10 +36,8 @@ def _figures(inspection: Inspection) -> Text:
     )
 
 
-def _legend(inspection: Inspection, coloured: bool) -> Text:
+def _legend(coloured: bool) -> Text:
     if not coloured:
         return Text("nuggets stand between ⟦ and ⟧", style="dim")
-    if not inspection.scored:
-        return Text.assemble((" nugget ", _STYLES[-1]), ("  this selection gives no scores", "dim"))
     shades = [(f" {level} ", _STYLES[level - 1]) for level in range(1, LEVELS + 1)]
     return Text.assemble(("nuggets by score: lowest fifth ", "dim"), *shades, (" highest fifth", "dim"))
