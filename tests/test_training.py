@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from nugget2d import Nugget2D
 from nugget2d.errors import RecipeError
@@ -68,6 +69,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ({"pretrain": {"tokens": 1, "batch_tokens": 64, "optim": {}}}, "missing key `pretrain.optim.lr`"),
         ({"data": {"train": [{"path": "none.txt"}], "held_out": [{"path": "text.txt"}]}}, "none.txt"),
         ({"compress": {"tokens": 1, "batch_tokens": 1, "optim": {"lr": 1}, "ratios": {"start": [9, 2]}}}, "[9, 2]"),
+        ({"compress": {"tokens": 1, "batch_tokens": 1, "optim": {"lr": 1}, "adapters": "lora"}}, "`mix.lm` to 0"),
         ({"model": {"hidden_size": 30, "intermediate_size": 8, "num_layers": 1, "num_heads": 4}}, "hidden_size"),
     ],
 )
@@ -176,6 +178,32 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
     second = train(plain, out=tmp_path / "recomputed")
     log = Path("compress") / "log.jsonl"
     assert losses(second / log) == pytest.approx(losses(first / log), abs=1e-3)
+
+
+def test_a_compressor_on_a_base_of_ones_own(tmp_path: Path) -> None:
+    base = train(small_recipe(tmp_path, compress=None), out=tmp_path / "lm") / "base"
+    before = load_file(base / "model.safetensors")
+    content = yaml.safe_load(small_recipe(tmp_path).read_text())
+    for key in ("tokenizer", "model", "pretrain"):
+        del content[key]
+    content["compress"] |= {"base": "lm/base", "adapters": "lora", "lora_rank": 4, "readout": 0, "addressing": False}
+    content["compress"]["mix"] = {"reconstruct": 0.7, "continue": 0.3, "lm": 0}
+    (tmp_path / "lora.yaml").write_text(yaml.safe_dump(content))
+    folder = train(tmp_path / "lora.yaml")
+    assert folder == tmp_path / "run"
+    curve = losses(folder / "compress" / "log.jsonl")
+    assert sum(curve[-10:]) < sum(curve[:10])
+    after = load_file(folder / "model" / "base" / "model.safetensors")
+    assert all(torch.equal(after[name], tensor.bfloat16()) for name, tensor in before.items())
+    assert Nugget2D.from_pretrained(folder / "model").config.adapters == "lora"
+
+
+def test_slots_need_two_copies(tmp_path: Path) -> None:
+    content = yaml.safe_load(small_recipe(tmp_path).read_text())
+    content["compress"] |= {"adapters": "lora", "mix": {"lm": 0}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(RecipeError, match="adapters: copies"):
+        train(tmp_path / "tiny.yaml")
 
 
 def test_smoke_recipe_learns_to_copy(tmp_path: Path) -> None:

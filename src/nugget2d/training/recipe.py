@@ -160,6 +160,12 @@ class CompressStage(Stage):
     addressing: bool = False
     checkpoint_activations: bool = False
 
+    @model_validator(mode="after")
+    def _learnable(self) -> "CompressStage":
+        if self.adapters == "lora" and self.mix.lm:
+            raise ValueError("a frozen base cannot learn plain LM: set `mix.lm` to 0, or `adapters` to copies")
+        return self
+
 
 class Recipe(Frozen):
     """One run: data, an LM from scratch (or a base), and one or two stages."""
