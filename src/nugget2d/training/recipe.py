@@ -99,12 +99,15 @@ class MixConfig(Frozen):
     """Share of the micro-batches that each objective gets (normalized).
 
     Until `alone` there is only autoencoding of the longest windows with the model's own selection: a small model must
-    first find out how to read a memory at all (docs/LOG.md).
+    first find out how to read a memory at all (docs/LOG.md). `uniform` is autoencoding of tokens drawn evenly from the
+    vocabulary, from `uniform_from` on: rare tokens must be copied too, and text alone shows each of them too seldom.
     """
 
     reconstruct: float = Field(default=0.8, ge=0)
     proceed: float = Field(default=0.1, ge=0, alias="continue")
     lm: float = Field(default=0.1, ge=0)
+    uniform: float = Field(default=0.0, ge=0)
+    uniform_from: float = Field(default=0.0, ge=0, le=1)
     alone: float = Field(default=0.0, ge=0, le=1)
 
 

@@ -82,8 +82,7 @@ class CompressTask:
         length = max(stage.windows) if alone else choose(stage.windows, generator)
         selection: SelectionName = stage.selection if alone else choose(stage.selections, generator)
         count = count_nuggets([length], sample_ratio(progress, stage.ratios, generator))[0]
-        mix = {"reconstruct": stage.mix.reconstruct, "continue": stage.mix.proceed, "lm": stage.mix.lm}
-        objective = "reconstruct" if alone else choose(mix, generator)
+        objective = "reconstruct" if alone else choose(self._mix(progress), generator)
         if objective == "lm":
             loss = lm_loss(self.model, self._draw(length, generator))
         elif objective == "continue":
@@ -92,8 +91,16 @@ class CompressTask:
             arguments = (self.model, ids, segments, length, count, selection, generator)
             loss = self._run(continue_loss, *arguments)
         else:
-            loss = self._run(self._reconstruct, self._draw(length, generator), count, selection, generator)
+            ids = self._draw(length, generator)
+            if objective == "uniform":
+                ids = torch.randint(len(self.model.tokenizer), ids.shape, generator=generator).to(ids.device)
+            loss = self._run(self._reconstruct, ids, count, selection, generator)
         return loss, {f"loss_{objective}": float(loss.detach())}
+
+    def _mix(self, progress: float) -> dict[str, float]:
+        mix = self.stage.mix
+        uniform = mix.uniform if progress >= mix.uniform_from else 0.0
+        return {"reconstruct": mix.reconstruct, "continue": mix.proceed, "lm": mix.lm, "uniform": uniform}
 
     def _reconstruct(self, ids: Tensor, count: int, selection: SelectionName, generator: torch.Generator) -> Tensor:
         loss, encoded = reconstruct_loss(self.model, ids, count, selection, generator)
