@@ -20,6 +20,9 @@ from nugget2d.training.schedule import choose, learning_rate_factor, sample_rati
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 LINE = "the keeper of the light wrote in his book that the sea was calm and the lamp had burned all night ."
 WORDS = LINE.split()
+MIX = {"reconstruct": 6, "uniform": 1, "continue": 2, "lm": 1}
+PHASE = {"objectives": MIX, "windows": {32: 1}}
+COMPRESS = {"tokens": 1, "batch_tokens": 1, "optim": {"lr": 1}, "phases": [PHASE]}
 
 
 def small_recipe(folder: Path, **changes: object) -> Path:
@@ -38,8 +41,9 @@ def small_recipe(folder: Path, **changes: object) -> Path:
             "optim": {"lr": 4e-3, "warmup_steps": 5},
         },
         "compress": {
-            "tokens": 10240, "batch_tokens": 256, "windows": {32: 1}, "segments": 2, "target": 16,
-            "ratios": {"start": [2, 4], "end": [1, 4]}, "selections": {"even": 1, "window": 1}, "readout": 0.5,
+            "tokens": 10240, "batch_tokens": 256, "segments": 2, "target": 16,
+            "phases": [{"objectives": MIX, "windows": {32: 1}, "selections": {"even": 1, "window": 1}}],
+            "ratios": {"start": [2, 4], "end": [1, 4]}, "readout": 0.5,
             "addressing": True, "evaluate_every": 10, "evaluate_windows": 4, "optim": {"lr": 4e-3, "warmup_steps": 5},
         },
     }  # fmt: skip
@@ -68,8 +72,10 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ({"pretrain": {"batch_tokens": 64, "optim": {"lr": 1e-3}}}, "exactly one budget"),
         ({"pretrain": {"tokens": 1, "batch_tokens": 64, "optim": {}}}, "missing key `pretrain.optim.lr`"),
         ({"data": {"train": [{"path": "none.txt"}], "held_out": [{"path": "text.txt"}]}}, "none.txt"),
-        ({"compress": {"tokens": 1, "batch_tokens": 1, "optim": {"lr": 1}, "ratios": {"start": [9, 2]}}}, "[9, 2]"),
-        ({"compress": {"tokens": 1, "batch_tokens": 1, "optim": {"lr": 1}, "adapters": "lora"}}, "`mix.lm` to 0"),
+        ({"compress": COMPRESS | {"ratios": {"start": [9, 2]}}}, "[9, 2]"),
+        ({"compress": COMPRESS | {"adapters": "lora"}}, "leave `lm` out"),
+        ({"compress": COMPRESS | {"phases": [PHASE | {"from": 0.5}]}}, "`from: 0`"),
+        ({"compress": COMPRESS | {"phases": [PHASE | {"objectives": {"guess": 1}}]}}, "guess"),
         ({"model": {"hidden_size": 30, "intermediate_size": 8, "num_layers": 1, "num_heads": 4}}, "hidden_size"),
     ],
 )
@@ -187,12 +193,13 @@ def test_a_compressor_on_a_base_of_ones_own(tmp_path: Path) -> None:
     for key in ("tokenizer", "model", "pretrain"):
         del content[key]
     content["compress"] |= {"base": "lm/base", "adapters": "lora", "lora_rank": 4, "readout": 0, "addressing": False}
-    content["compress"]["mix"] = {"reconstruct": 0.7, "continue": 0.3, "lm": 0}
+    content["compress"]["phases"] = [{"objectives": {"reconstruct": 7, "continue": 3}, "windows": {32: 1}}]
     (tmp_path / "lora.yaml").write_text(yaml.safe_dump(content))
     folder = train(tmp_path / "lora.yaml")
     assert folder == tmp_path / "run"
-    curve = losses(folder / "compress" / "log.jsonl")
-    assert sum(curve[-10:]) < sum(curve[:10])
+    log = [json.loads(line) for line in (folder / "compress" / "log.jsonl").read_text().splitlines()]
+    figures = [record["held_out"]["continue_none"] for record in log if "held_out" in record]
+    assert figures[-1] < figures[0]
     after = load_file(folder / "model" / "base" / "model.safetensors")
     assert all(torch.equal(after[name], tensor.bfloat16()) for name, tensor in before.items())
     assert Nugget2D.from_pretrained(folder / "model").config.adapters == "lora"
@@ -200,7 +207,8 @@ def test_a_compressor_on_a_base_of_ones_own(tmp_path: Path) -> None:
 
 def test_slots_need_two_copies(tmp_path: Path) -> None:
     content = yaml.safe_load(small_recipe(tmp_path).read_text())
-    content["compress"] |= {"adapters": "lora", "mix": {"lm": 0}}
+    content["compress"]["phases"] = [{"objectives": {"reconstruct": 1}, "windows": {32: 1}}]
+    content["compress"]["adapters"] = "lora"
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(RecipeError, match="adapters: copies"):
         train(tmp_path / "tiny.yaml")

@@ -4,7 +4,7 @@ Paths are relative to the recipe's own folder. Unknown keys, wrong types and imp
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -95,20 +95,27 @@ class PretrainStage(Stage):
     window: int = Field(default=128, ge=8)
 
 
-class MixConfig(Frozen):
-    """Share of the micro-batches that each objective gets (normalized).
+Objective = Literal["reconstruct", "uniform", "continue", "lm"]
 
-    Until `alone` there is only autoencoding of the longest windows with the model's own selection: a small model must
-    first find out how to read a memory at all (docs/LOG.md). `uniform` is autoencoding of tokens drawn evenly from the
-    vocabulary, from `uniform_from` on: rare tokens must be copied too, and text alone shows each of them too seldom.
+
+def _only_even() -> dict[SelectionName, float]:
+    return {"even": 1.0}
+
+
+class Phase(Frozen):
+    """A part of the run, from the point `from` (0 to 1) on: what each micro-batch draws, as value -> weight.
+
+    Attributes:
+        objectives: "reconstruct" is autoencoding of text, "uniform" of tokens drawn evenly from the vocabulary (text
+            shows rare tokens too seldom), "continue" goes on from memories, "lm" is plain language modelling.
+        windows: segment lengths in tokens.
+        selections: policies.
     """
 
-    reconstruct: float = Field(default=0.8, ge=0)
-    proceed: float = Field(default=0.1, ge=0, alias="continue")
-    lm: float = Field(default=0.1, ge=0)
-    uniform: float = Field(default=0.0, ge=0)
-    uniform_from: float = Field(default=0.0, ge=0, le=1)
-    alone: float = Field(default=0.0, ge=0, le=1)
+    start: float = Field(default=0.0, ge=0, lt=1, alias="from")
+    objectives: dict[Objective, Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    windows: dict[Annotated[int, Field(ge=8)], Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    selections: dict[SelectionName, Annotated[float, Field(gt=0)]] = Field(default_factory=_only_even, min_length=1)
 
 
 Bounds = tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]]
@@ -130,19 +137,14 @@ class RatioConfig(Frozen):
         return self
 
 
-def _only_even() -> dict[SelectionName, float]:
-    return {"even": 1.0}
-
-
 class CompressStage(Stage):
     """The compressor: autoencoding, continuation and plain LM, mixed; ratios and lengths sampled.
 
     Attributes:
         base: folder or hub id of the LM; None takes the recipe's own, pre-trained or from scratch.
-        windows: segment lengths in tokens -> weight.
+        phases: what is trained when; the first starts at 0.
         segments: a continuation's context is 1 .. `segments` windows, compressed one by one and joined.
         target: tokens to predict in continuation.
-        selections: policy -> weight.
         readout: weight of the slot read-out loss (readout.py); 0 turns it off.
         addressing: start with attention biases that address slots by distance (addressing.py).
         checkpoint_activations: recompute encoder and decoder in the backward pass to save memory.
@@ -153,21 +155,31 @@ class CompressStage(Stage):
     lora_rank: int = Field(default=32, ge=1)
     scorer_layer: int = Field(default=1, ge=0)
     selection: SelectionName = "even"
-    windows: dict[int, float] = Field(default_factory=lambda: {128: 1.0}, min_length=1)
+    phases: tuple[Phase, ...] = Field(min_length=1)
     ratios: RatioConfig = RatioConfig()
-    mix: MixConfig = Field(default_factory=lambda: MixConfig())
     segments: int = Field(default=4, ge=1)
     target: int = Field(default=64, ge=1)
-    selections: dict[SelectionName, float] = Field(default_factory=_only_even, min_length=1)
     readout: float = Field(default=0.0, ge=0)
     addressing: bool = False
     checkpoint_activations: bool = False
 
     @model_validator(mode="after")
     def _learnable(self) -> "CompressStage":
-        if self.adapters == "lora" and self.mix.lm:
-            raise ValueError("a frozen base cannot learn plain LM: set `mix.lm` to 0, or `adapters` to copies")
+        starts = [phase.start for phase in self.phases]
+        if starts[0] or starts != sorted(set(starts)):
+            raise ValueError(f"`phases` must begin with `from: 0` and go up, got {starts}")
+        if self.adapters == "lora" and any("lm" in phase.objectives for phase in self.phases):
+            raise ValueError("a frozen base cannot learn plain LM: leave `lm` out of the objectives, or use copies")
         return self
+
+    @property
+    def longest_window(self) -> int:
+        """The longest segment that any phase trains, in tokens."""
+        return max(max(phase.windows) for phase in self.phases)
+
+    def phase(self, progress: float) -> Phase:
+        """The phase at a point of the run."""
+        return [phase for phase in self.phases if phase.start <= progress][-1]
 
 
 class Recipe(Frozen):

@@ -132,7 +132,7 @@ def _wrap(
         lora_rank=stage.lora_rank,
         scorer_layer=stage.scorer_layer,
         selection=stage.selection,
-        window=max(stage.windows),
+        window=stage.longest_window,
     )
     model = Nugget2D(lm, tokenizer, config)
     if stage.addressing:

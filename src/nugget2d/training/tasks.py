@@ -76,13 +76,13 @@ class CompressTask:
         ]
 
     def loss(self, progress: float, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Loss of one micro-batch under an objective drawn from the mix."""
+        """Loss of one micro-batch under an objective drawn from the phase."""
         stage = self.stage
-        alone = progress < stage.mix.alone
-        length = max(stage.windows) if alone else choose(stage.windows, generator)
-        selection: SelectionName = stage.selection if alone else choose(stage.selections, generator)
+        phase = stage.phase(progress)
+        length = choose(phase.windows, generator)
+        selection: SelectionName = choose(phase.selections, generator)
         count = count_nuggets([length], sample_ratio(progress, stage.ratios, generator))[0]
-        objective = "reconstruct" if alone else choose(self._mix(progress), generator)
+        objective = choose(phase.objectives, generator)
         if objective == "lm":
             loss = lm_loss(self.model, self._draw(length, generator))
         elif objective == "continue":
@@ -96,11 +96,6 @@ class CompressTask:
                 ids = torch.randint(len(self.model.tokenizer), ids.shape, generator=generator).to(ids.device)
             loss = self._run(self._reconstruct, ids, count, selection, generator)
         return loss, {f"loss_{objective}": float(loss.detach())}
-
-    def _mix(self, progress: float) -> dict[str, float]:
-        mix = self.stage.mix
-        uniform = mix.uniform if progress >= mix.uniform_from else 0.0
-        return {"reconstruct": mix.reconstruct, "continue": mix.proceed, "lm": mix.lm, "uniform": uniform}
 
     def _reconstruct(self, ids: Tensor, count: int, selection: SelectionName, generator: torch.Generator) -> Tensor:
         loss, encoded = reconstruct_loss(self.model, ids, count, selection, generator)
@@ -117,7 +112,7 @@ class CompressTask:
 
     def evaluate(self) -> dict[str, Any]:
         """Token accuracy at 4x, 10x, 20x, the profile at 20x, continuation and LM loss, on held-out windows."""
-        length = max(self.stage.windows)
+        length = self.stage.longest_window
         windows = self.held_out.spread(self.stage.evaluate_windows, length)
         figures: dict[str, Any] = {}
         for ratio in (4, 10, 20):
