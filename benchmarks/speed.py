@@ -56,7 +56,7 @@ def measure(model: Nugget2D, context: str, ratio: float, new_tokens: int, repeat
     memory = model.compress(context, ratio=ratio)
     prefilled = prefill(model, context)
     full = Nuggets([layer.keys for layer in prefilled.layers], [layer.values for layer in prefilled.layers])
-    compact = text_nuggets(model, memory)
+    compact, _ = text_nuggets(model, memory)
     tokens = full.count
     compress_s, prefill_s = alternate(
         lambda: model.compress(context, ratio=ratio), lambda: prefill(model, context), repeats

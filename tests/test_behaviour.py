@@ -11,6 +11,7 @@ import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.cache import Nuggets, gather_nuggets
 from nugget2d.compressing import pad
+from nugget2d.errors import ContextWarning
 from nugget2d.losses import token_losses
 from nugget2d.reading import segment_nuggets, text_nuggets
 
@@ -178,7 +179,7 @@ def test_reading_leaves_the_memory_as_it_was(model: Nugget2D) -> None:
 
 def test_joined_keys_equal_encoding_at_the_later_positions(plain: Nugget2D) -> None:
     first, second = (plain.compress(text, ratio=3) for text in ("A dog looked up.", "Rain before noon, wind at dusk."))
-    joined = text_nuggets(plain, Memory.join([first, second]))
+    joined, _ = text_nuggets(plain, Memory.join([first, second]))
     ids = plain.ids("Rain before noon, wind at dusk.")
     cache = DynamicCache(config=plain.lm.config)
     with torch.no_grad(), plain.parameters_by_role.role("encoder") as body:
@@ -345,7 +346,7 @@ def test_generate_equals_a_loop_of_single_steps(model: Nugget2D) -> None:
     memory = model.compress(tiny.TEXT[:250], ratio=4)
     assert len(memory.segments) > 1
     ids = model.ids("The engineer")
-    nuggets = text_nuggets(model, memory)
+    nuggets, _ = text_nuggets(model, memory)
     for _ in range(8):
         with torch.no_grad():
             logits = model.decode(nuggets, ids, prompt="continue", start=memory.num_tokens)
@@ -441,3 +442,21 @@ def test_segments_read_with_int8_scales_of_their_own(model: Nugget2D) -> None:
         own = memory.keys[1].restore()[:, start : start + segment.num_nuggets]
         same(batch.keys[1][row, :, -segment.num_nuggets :], own)
         start += segment.num_nuggets
+
+
+def test_of_a_memory_beyond_the_context_the_last_segments_are_read(llama: Nugget2D) -> None:
+    memory = llama.compress(tiny.TEXT, ratio=3)
+    segments = memory.segments
+    limit = segments[-1].num_tokens + segments[-2].num_tokens
+    short = Nugget2D(llama.lm, llama.tokenizer, llama.config.model_copy(update={"context": limit + 1}))
+    short.load_state_dict(llama.state_dict())
+    with pytest.warns(ContextWarning, match=f"last 2 of its {len(segments)} segments"):
+        nuggets, end = text_nuggets(short, memory)
+    assert end == limit
+    whole, _ = text_nuggets(llama, memory)
+    assert nuggets.count == segments[-1].num_nuggets + segments[-2].num_nuggets
+    moved = llama.rotation(nuggets.keys, torch.full((1, nuggets.count), memory.num_tokens - limit))
+    for layer, keys in enumerate(moved):
+        assert torch.allclose(keys, whole.keys[layer][:, :, -nuggets.count :], atol=1e-4)
+    with pytest.warns(ContextWarning):
+        assert short.score("It rained.", memory=memory) > 0

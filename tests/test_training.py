@@ -21,7 +21,7 @@ RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 LINE = "the keeper of the light wrote in his book that the sea was calm and the lamp had burned all night ."
 WORDS = LINE.split()
 MIX = {"reconstruct": 6, "uniform": 1, "continue": 2, "lm": 1}
-PHASE = {"objectives": MIX, "windows": {32: 1}}
+PHASE = {"objectives": MIX, "windows": {32: 1}, "segments": 2}
 COMPRESS = {"tokens": 1, "batch_tokens": 1, "optim": {"lr": 1}, "phases": [PHASE]}
 
 
@@ -41,8 +41,8 @@ def small_recipe(folder: Path, **changes: object) -> Path:
             "optim": {"lr": 4e-3, "warmup_steps": 5},
         },
         "compress": {
-            "tokens": 10240, "batch_tokens": 256, "segments": 2, "target": 16,
-            "phases": [{"objectives": MIX, "windows": {32: 1}, "selections": {"even": 1, "window": 1}}],
+            "tokens": 10240, "batch_tokens": 256, "target": 16,
+            "phases": [PHASE | {"selections": {"even": 1, "window": 1}}],
             "ratios": {"start": [2, 4], "end": [1, 4]}, "readout": 0.5,
             "addressing": True, "evaluate_every": 10, "evaluate_windows": 4, "optim": {"lr": 4e-3, "warmup_steps": 5},
         },

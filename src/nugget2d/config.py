@@ -26,6 +26,8 @@ class NuggetConfig(Frozen):
         scorer_layer: the scorer reads the hidden state after this many layers, adapters off.
         selection: how nuggets are chosen unless a call says otherwise (see selection.py).
         window: the longest segment that the model was trained on, in tokens; longer texts are cut.
+        context: the longest text, in tokens, that the model was trained to go on from; of a longer memory,
+            the last segments that fit are read.
         flag: add a learned vector to the input embedding of chosen tokens ("nugget feedback", Nugget, section 3).
     """
 
@@ -36,4 +38,5 @@ class NuggetConfig(Frozen):
     scorer_layer: int = Field(3, ge=0)
     selection: SelectionName = "learned"
     window: int = Field(512, ge=8)
+    context: int = Field(4096, ge=8)
     flag: bool = True

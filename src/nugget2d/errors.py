@@ -33,5 +33,9 @@ class RecipeError(NuggetError):
     """A training recipe has a wrong key or value."""
 
 
+class ContextWarning(UserWarning):
+    """A memory stands for more text than the model can go on from; only its last segments are read."""
+
+
 class ExactFallbackWarning(UserWarning):
     """Replay of an exact memory did not verify on this machine; the stored lossless copy was used."""

@@ -102,9 +102,9 @@ def _inputs(model: Network, prompt: str, memory: Memory | None, copies: int) -> 
             ids = torch.cat([torch.full_like(ids[:, :1], model.start_token), ids], dim=1)
         embeds = model.embed(ids)
         return {"inputs_embeds": embeds, "attention_mask": embeds.new_ones(embeds.shape[:2]).long()}
-    nuggets = text_nuggets(model, memory)
+    nuggets, end = text_nuggets(model, memory)
     embeds = torch.cat([model.prompt("continue", 1).to(model.lm.dtype), model.embed(ids)], dim=1)
-    positions = memory.num_tokens + torch.arange(-nuggets.count, embeds.shape[1], device=model.device)
+    positions = end + torch.arange(-nuggets.count, embeds.shape[1], device=model.device)
     embeds = torch.nn.functional.pad(embeds, (0, 0, nuggets.count, 0))
     cache = nuggets.to_cache(model.lm.config)
     cache.batch_repeat_interleave(copies)

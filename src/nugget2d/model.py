@@ -64,7 +64,7 @@ class Nugget2D(Network):
             tokenizer = tokenizer or loaded
             default_name = str(base)
         limit = getattr(lm.config, "max_position_embeddings", None) or 512
-        fields = {"name": default_name, "window": min(512, limit), "adapters": adapters} | options
+        fields = {"name": default_name, "window": min(512, limit), "context": limit, "adapters": adapters} | options
         return cls(lm, tokenizer, NuggetConfig.model_validate(fields))
 
     # ---- what users call ----

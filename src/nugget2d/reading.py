@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nugget2d.cache import Nuggets
-from nugget2d.errors import ExactFallbackWarning, InputError, MemoryFileError
+from nugget2d.errors import ContextWarning, ExactFallbackWarning, InputError, MemoryFileError
 from nugget2d.exact import digest
 from nugget2d.losses import token_losses
 from nugget2d.memory import Memory
@@ -45,18 +45,47 @@ def segment_nuggets(model: Network, rows: Sequence[SegmentRef]) -> Nuggets:
     )
 
 
-def text_nuggets(model: Network, memory: Memory) -> Nuggets:
-    """A whole memory as one row, every segment's keys rotated to where it stands in the text."""
+def text_nuggets(model: Network, memory: Memory) -> tuple[Nuggets, int]:
+    """A memory as one row to go on from, every segment's keys rotated to where it stands, and the position after it.
+
+    Positions beyond those of training make any model talk nonsense, so of a longer memory only the last segments are
+    read, the first of them at position 0.
+
+    Warns:
+        ContextWarning: the memory stands for more tokens than `config.context`.
+    """
     memory.require(model.fingerprint)
+    first = _first_within(memory, model.config.context)
+    if first:
+        warnings.warn(
+            f"the memory stands for {memory.num_tokens:,} tokens, model {model.config.name!r} goes on from "
+            f"{model.config.context:,} at most: only the last {len(memory.segments) - first} of its "
+            f"{len(memory.segments)} segments are read",
+            ContextWarning,
+            stacklevel=4,
+        )
+    skipped = sum(segment.num_tokens for segment in memory.segments[:first])
+    kept = slice(memory.segment_slices[first].start, None)
     device, dtype = model.device, model.lm.dtype
-    keys = [states.restore()[None].to(device) for states in memory.keys]
-    if len(memory.segments) > 1:
-        shift = torch.tensor([memory.positions]) - memory.local_positions
-        keys = model.rotation(keys, shift)
-    return Nuggets(
+    keys = [states.restore()[None, :, kept].to(device) for states in memory.keys]
+    if len(memory.segments) - first > 1:
+        shift = torch.tensor([memory.positions]) - memory.local_positions - skipped
+        keys = model.rotation(keys, shift[:, kept])
+    nuggets = Nuggets(
         [layer.to(dtype) for layer in keys],
-        [states.restore()[None].to(device, dtype) for states in memory.values],
+        [states.restore()[None, :, kept].to(device, dtype) for states in memory.values],
     )
+    return nuggets, memory.num_tokens - skipped
+
+
+def _first_within(memory: Memory, limit: int) -> int:
+    """The first of the last segments that together stand for at most `limit` tokens; at least one is taken."""
+    tokens = 0
+    for number in range(len(memory.segments) - 1, -1, -1):
+        tokens += memory.segments[number].num_tokens
+        if tokens > limit:
+            return min(number + 1, len(memory.segments) - 1)
+    return 0
 
 
 @torch.no_grad()
@@ -151,10 +180,10 @@ def score(model: Network, text: str, memory: Memory | None) -> float:
     """See `Nugget2D.score`."""
     ids = model.ids(text)
     if memory is not None:
-        nuggets = text_nuggets(model, memory)
+        nuggets, end = text_nuggets(model, memory)
         if not ids.numel():
             raise InputError("nothing to score: the text is empty")
-        logits = model.decode(nuggets, ids[:, :-1], prompt="continue", start=memory.num_tokens)
+        logits = model.decode(nuggets, ids[:, :-1], prompt="continue", start=end)
         return float(token_losses(logits, ids).mean())
     if model.start_token is not None:
         ids = torch.cat([torch.full_like(ids[:, :1], model.start_token), ids], dim=1)

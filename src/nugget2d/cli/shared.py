@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from nugget2d.errors import ExactFallbackWarning, InputError, ModelError
+from nugget2d.errors import ContextWarning, ExactFallbackWarning, InputError, ModelError
 from nugget2d.files import decode_text, read_text
 
 if TYPE_CHECKING:
@@ -159,5 +159,6 @@ def _quieten() -> None:
         say("warning", str(message))
 
     warnings.simplefilter("ignore")
-    warnings.simplefilter("always", ExactFallbackWarning)
+    for ours in (ExactFallbackWarning, ContextWarning):
+        warnings.simplefilter("always", ours)
     warnings.showwarning = show

@@ -110,12 +110,15 @@ class Phase(Frozen):
             shows rare tokens too seldom), "continue" goes on from memories, "lm" is plain language modelling.
         windows: segment lengths in tokens.
         selections: policies.
+        segments: plain LM and the contexts of continuation are 1 .. `segments` windows long; a context is compressed
+            window by window and joined.
     """
 
     start: float = Field(default=0.0, ge=0, lt=1, alias="from")
     objectives: dict[Objective, Annotated[float, Field(gt=0)]] = Field(min_length=1)
     windows: dict[Annotated[int, Field(ge=8)], Annotated[float, Field(gt=0)]] = Field(min_length=1)
     selections: dict[SelectionName, Annotated[float, Field(gt=0)]] = Field(default_factory=_only_even, min_length=1)
+    segments: int = Field(default=1, ge=1)
 
 
 Bounds = tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]]
@@ -143,7 +146,6 @@ class CompressStage(Stage):
     Attributes:
         base: folder or hub id of the LM; None takes the recipe's own, pre-trained or from scratch.
         phases: what is trained when; the first starts at 0.
-        segments: a continuation's context is 1 .. `segments` windows, compressed one by one and joined.
         target: tokens to predict in continuation.
         readout: weight of the slot read-out loss (readout.py); 0 turns it off.
         addressing: start with attention biases that address slots by distance (addressing.py).
@@ -157,7 +159,6 @@ class CompressStage(Stage):
     selection: SelectionName = "even"
     phases: tuple[Phase, ...] = Field(min_length=1)
     ratios: RatioConfig = RatioConfig()
-    segments: int = Field(default=4, ge=1)
     target: int = Field(default=64, ge=1)
     readout: float = Field(default=0.0, ge=0)
     addressing: bool = False
@@ -176,6 +177,11 @@ class CompressStage(Stage):
     def longest_window(self) -> int:
         """The longest segment that any phase trains, in tokens."""
         return max(max(phase.windows) for phase in self.phases)
+
+    @property
+    def longest_context(self) -> int:
+        """The longest text that plain LM or continuation sees, in tokens."""
+        return max(max(phase.windows) * phase.segments for phase in self.phases)
 
     def phase(self, progress: float) -> Phase:
         """The phase at a point of the run."""

@@ -133,6 +133,7 @@ def _wrap(
         scorer_layer=stage.scorer_layer,
         selection=stage.selection,
         window=stage.longest_window,
+        context=stage.longest_context,
     )
     model = Nugget2D(lm, tokenizer, config)
     if stage.addressing:

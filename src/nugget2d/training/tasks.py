@@ -83,10 +83,10 @@ class CompressTask:
         selection: SelectionName = choose(phase.selections, generator)
         count = count_nuggets([length], sample_ratio(progress, stage.ratios, generator))[0]
         objective = choose(phase.objectives, generator)
+        segments = int(torch.randint(1, phase.segments + 1, (1,), generator=generator))
         if objective == "lm":
-            loss = lm_loss(self.model, self._draw(length, generator))
+            loss = lm_loss(self.model, self._draw(segments * length, generator))
         elif objective == "continue":
-            segments = int(torch.randint(1, stage.segments + 1, (1,), generator=generator))
             ids = self._draw(segments * length + stage.target, generator)
             arguments = (self.model, ids, segments, length, count, selection, generator)
             loss = self._run(continue_loss, *arguments)
