@@ -1,0 +1,65 @@
+"""The bundled model: what its card promises, measured on the bundled document."""
+
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from nugget2d import Memory, Nugget2D
+from nugget2d.evaluation.fidelity import bleu
+from nugget2d.training.recipe import load_recipe
+
+FOLDER = Path(str(resources.files("nugget2d") / "models" / "nano"))
+TEXT = (resources.files("nugget2d") / "cli" / "demo.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def nano() -> Nugget2D:
+    return Nugget2D.from_pretrained("nano")
+
+
+def test_size() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 40_000_000
+
+
+def test_tokenizer_is_compact_on_english(nano: Nugget2D) -> None:
+    assert len(TEXT) / len(nano.ids(TEXT)[0]) >= 3.9
+
+
+@pytest.mark.parametrize(("ratio", "floor"), [(4, 95.0), (10, 50.0)])
+def test_a_document_comes_back(nano: Nugget2D, ratio: float, floor: float) -> None:
+    memory = nano.compress(TEXT, ratio=ratio)
+    assert memory.ratio == pytest.approx(ratio, rel=0.02)
+    assert memory.nbytes * ratio == pytest.approx(memory.full_nbytes, rel=0.03)
+    assert bleu([nano.reconstruct(memory)], [TEXT]) >= floor
+
+
+@pytest.mark.parametrize("text", [TEXT, "Ünïcode 😀 中文 \r\n\0 </s><|endoftext|> " * 8])
+def test_exact_mode_needs_no_fallback(
+    nano: Nugget2D, text: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    nano.compress(text, ratio=20, exact=True, dtype="int8").save(tmp_path / "a.nugget")
+    assert nano.reconstruct(Memory.load(tmp_path / "a.nugget")) == text
+    assert not recwarn.list
+
+
+def test_going_on_from_a_memory_is_no_worse_than_from_nothing(nano: Nugget2D) -> None:
+    cut = TEXT.index("\n", len(TEXT) // 2)
+    before, after = TEXT[:cut], TEXT[cut : cut + 600]
+    alone = nano.score(after)
+    for ratio in (4, 10, 20):
+        assert nano.score(after, memory=nano.compress(before, ratio=ratio)) < alone + 0.2
+
+
+def test_plain_language_modelling(nano: Nugget2D) -> None:
+    assert nano.score(TEXT[:1500]) < 6.0  # a uniform guess costs 9.2 nats
+    shuffled = " ".join(sorted(TEXT[:1500].split()))
+    assert nano.score(TEXT[:1500]) < nano.score(shuffled)
+
+
+def test_weights_are_those_of_the_recipe(nano: Nugget2D) -> None:
+    shape = load_recipe(Path(__file__).parent.parent / "recipes" / "nano-cpu.yaml").model
+    assert shape is not None
+    assert nano.lm.config.hidden_size == shape.hidden_size
+    assert nano.lm.config.num_hidden_layers == shape.num_layers
+    assert (FOLDER / "README.md").is_file()
