@@ -406,6 +406,8 @@ def test_interrupt_exits_with_130(memories: Path) -> None:
         [*SCRIPT, "generate", memories / "plain.nugget", "--prompt", "a", "--max-new-tokens", "1000000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # a shell's background jobs ignore SIGINT, and so would what they start
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     process.stdout.read(1)  # it is generating
     process.send_signal(signal.SIGINT)

@@ -138,7 +138,11 @@ def safe_to_interrupt() -> Iterator[None]:
         say("error", "interrupted")
         os._exit(INTERRUPTED)
 
-    before = signal.signal(signal.SIGINT, leave)
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:  # a shell's background job
+        yield
+        return
+    signal.signal(signal.SIGINT, leave)
     try:
         yield
     finally:
