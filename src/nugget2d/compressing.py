@@ -13,7 +13,7 @@ from nugget2d.exact import ExactRecord, SegmentPatch, find_patch
 from nugget2d.memory import Memory, Segment
 from nugget2d.network import Network
 from nugget2d.segmentation import Piece, split
-from nugget2d.selection import count_nuggets
+from nugget2d.selection import SCORED, count_nuggets
 from nugget2d.states import States, StoreDtype
 
 # Tokens of a padded batch: large enough to fill the matrix products, small enough for any machine's memory.
@@ -89,16 +89,17 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 def _encode(model: Network, batch: list[_Job], selection: SelectionName, store: StoreDtype) -> None:
     ids = pad([job.piece.ids for job in batch], model.device)
-    token_scores = model.token_scores(ids)
+    features = model.token_features(ids)
     encoded = model.encode(
         ids,
         [len(job.piece.ids) for job in batch],
         [job.count for job in batch],
         selection=selection,
-        scores=token_scores,
+        scores=model.scorer(features) if selection in SCORED else None,
     )
     nuggets, index = encoded.nuggets, encoded.index.int().cpu()
-    scores = token_scores.gather(1, encoded.index).cpu()
+    rows = torch.arange(len(batch), device=ids.device)[:, None]
+    scores = model.scorer(features[rows, encoded.index]).cpu()
     keys, values = ([layer.cpu() for layer in states] for states in (nuggets.keys, nuggets.values))
     for row, job in enumerate(batch):
         # the padding is on the left: the last `count` slots are the row's own
