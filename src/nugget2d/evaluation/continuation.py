@@ -1,8 +1,8 @@
 """What a context is worth for the text after it: seen whole, in part, not at all, or as a memory.
 
-Without memory the base predicts (adapters off). Its input starts at position 0, with the start token if the tokenizer
-has one, as in `Nugget2D.score`: a shortened text is a new text, not one with a hole before it. A memory of n tokens goes
-on at position n with the soft prompt, so its targets stand where those after the whole context do.
+Without memory the base predicts (adapters off). Its input starts at position 0, with the start token if the
+tokenizer has one, as in `Nugget2D.score`: a shortened text is a new text, not one with a hole before it. A memory of n
+tokens goes on at position n with the soft prompt, so its targets stand where those after the whole context do.
 """
 
 from collections import defaultdict

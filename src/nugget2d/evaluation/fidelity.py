@@ -33,5 +33,5 @@ def bleu_of_counts(sums: Sums) -> NDArray[Any]:
 
     counts = sums.astype(int)
     matched, total, lengths = counts[:, :_ORDERS], counts[:, _ORDERS:-2], counts[:, -2:]
-    rows = zip(matched.tolist(), total.tolist(), *lengths.T.tolist(), strict=True)
-    return np.array([BLEU.compute_bleu(*row, smooth_method="exp").score for row in rows])
+    rows = zip(matched.tolist(), total.tolist(), lengths.tolist(), strict=True)
+    return np.array([BLEU.compute_bleu(m, t, *both, smooth_method="exp").score for m, t, both in rows])

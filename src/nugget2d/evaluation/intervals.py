@@ -1,4 +1,4 @@
-"""How sure a figure is: percentile bootstrap over windows (Efron and Tibshirani, An Introduction to the Bootstrap, 13)."""
+"""How sure a figure is: percentile bootstrap over windows (Efron and Tibshirani, Introduction to the Bootstrap, 13)."""
 
 from collections.abc import Callable
 from typing import Any, TypedDict
@@ -31,7 +31,7 @@ def estimate(rows: ArrayLike, statistic: Statistic = quotient, *, seed: int = 0)
     """A figure of all windows, with the interval that drawing the windows again, with replacement, gives it.
 
     Args:
-        rows: (N, m) what each of N windows adds to m sums. Quantities of one window stay together: differences are paired.
+        rows: (N, m) what each of N windows adds to m sums; figures of one window stay together, differences are paired.
         statistic: the figure from the sums.
         seed: of the draws.
     """

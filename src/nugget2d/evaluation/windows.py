@@ -31,8 +31,8 @@ def sample_windows(
     """Windows of `length` tokens with `target` more after them, none sharing a token with another.
 
     Documents take turns: one window from each that is long enough, in order, then a second from each, until there are
-    `count`. A document is cut into equal slots, taken in random order; a window stands at a random place of its slot, or
-    where that text would tokenize differently by itself, at the next place.
+    `count`. A document is cut into equal slots, taken in random order; a window stands at a random place of its
+    slot or, where that text would tokenize differently by itself, at the next place.
 
     Args:
         tokenizer: what made the ids.
