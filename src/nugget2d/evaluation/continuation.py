@@ -51,6 +51,21 @@ def lm_losses(model: Network, contexts: Sequence[Sequence[int]], targets: Tensor
 
 
 @torch.no_grad()
+def no_memory_losses(model: Network, length: int, targets: Tensor) -> Tensor:
+    """Losses of (N, t) targets by the decoder as after `length` tokens, of which it reads nothing -> (N, counted) nats.
+
+    What a memory wins over this, the memory said; the rest of what it wins over the plain LM is the decoder's own.
+    """
+    counted = counted_targets(model, targets.shape[1])
+    losses = []
+    for ids in targets.split(rows_at_once(model, targets.shape[1])):
+        ids = ids.to(model.device)
+        logits = model.decode(None, ids[:, :-1], prompt="continue", start=length)
+        losses.append(token_losses(logits, ids)[:, -counted:].cpu())
+    return torch.cat(losses)
+
+
+@torch.no_grad()
 def memory_losses(model: Network, memories: Sequence[Memory], targets: Tensor) -> Tensor:
     """Losses of (N, t) targets after N memories -> (N, `counted_targets`) nats.
 

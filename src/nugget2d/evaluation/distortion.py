@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nugget2d.config import SelectionName
 from nugget2d.evaluation.coding import coder_bits
-from nugget2d.evaluation.continuation import lm_losses, memory_losses
+from nugget2d.evaluation.continuation import lm_losses, memory_losses, no_memory_losses
 from nugget2d.evaluation.fidelity import bleu_counts, bleu_of_counts
 from nugget2d.evaluation.intervals import Estimate, Sums, estimate, quotient
 from nugget2d.evaluation.teacher_forced import copy_span_profile, read_back
@@ -30,21 +30,25 @@ from nugget2d.reading import reconstruct_ids
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Losses (N, t) in nats of the targets of N windows by the plain LM: after nothing, and after the whole window."""
+    """Losses (N, t) in nats of the targets of N windows, without memories.
+
+    Attributes:
+        none: by the plain LM, after nothing.
+        full: by the plain LM, after the whole window.
+        no_memory: by the decoder, with nothing to read.
+    """
 
     none: Tensor
     full: Tensor
+    no_memory: Tensor
 
-    @property
-    def gain(self) -> Estimate:
+    def gain(self, seed: int) -> Estimate:
         """Nats per token that the whole context saves."""
-        tokens = torch.full((len(self.none),), self.none.shape[1])
-        return estimate(_columns((self.none - self.full).sum(1), tokens))
+        return _mean(self.none - self.full, seed)
 
-    @property
-    def helps(self) -> bool:
+    def helps(self, seed: int) -> bool:
         """Whether the whole context saves significantly more than nothing; if not, no share of it means anything."""
-        low = self.gain["low"]
+        low = self.gain(seed)["low"]
         return low is not None and low > 0
 
 
@@ -52,21 +56,25 @@ def measure_reference(model: Nugget2D, windows: Sequence[Window]) -> Reference:
     """What any memory of these windows is held against; the same for all ratios."""
     targets = _targets(windows)
     return Reference(
-        lm_losses(model, [[] for _ in windows], targets), lm_losses(model, [window.ids for window in windows], targets)
+        none=lm_losses(model, [[] for _ in windows], targets),
+        full=lm_losses(model, [window.ids for window in windows], targets),
+        no_memory=no_memory_losses(model, len(windows[0].ids), targets),
     )
 
 
-def describe_reference(windows: Sequence[Window], reference: Reference) -> dict[str, Any]:
+def describe_reference(windows: Sequence[Window], reference: Reference, *, seed: int = 0) -> dict[str, Any]:
     """The figures of windows of one length that do not depend on memories."""
     texts = [window.text for window in windows]
     return {
         "length": len(windows[0].ids),
         "windows": len(windows),
         "characters": sum(map(len, texts)),
-        "nll_none": _mean(reference.none),
-        "nll_full": _mean(reference.full),
-        "context_gain": reference.gain,
-        "context_helps": reference.helps,
+        "nll_none": _mean(reference.none, seed),
+        "nll_full": _mean(reference.full, seed),
+        "nll_no_memory": _mean(reference.no_memory, seed),
+        "no_memory_retained": _retained(reference, reference.no_memory, seed),
+        "context_gain": reference.gain(seed),
+        "context_helps": reference.helps(seed),
         "coder_bits_per_char": coder_bits(texts),
     }
 
@@ -139,7 +147,7 @@ def retained(sums: Sums) -> NDArray[Any]:
 
 
 def _retained(reference: Reference, losses: Tensor, seed: int) -> Estimate | None:
-    if not reference.helps:
+    if not reference.helps(seed):
         return None
     rows = _columns(reference.none.sum(1), losses.sum(1), reference.full.sum(1))
     return estimate(rows, retained, seed=seed)
@@ -172,7 +180,7 @@ def _targets(windows: Sequence[Window]) -> Tensor:
     return torch.tensor([window.target for window in windows])
 
 
-def _mean(losses: Tensor, seed: int = 0) -> Estimate:
+def _mean(losses: Tensor, seed: int) -> Estimate:
     return estimate(_columns(losses.sum(1), [losses.shape[1]] * len(losses)), quotient, seed=seed)
 
 

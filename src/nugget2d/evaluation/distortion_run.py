@@ -101,7 +101,7 @@ def run_distortion(
     measured = 0
     for length, chosen in windows.items():
         reference = measure_reference(model, chosen)
-        described = describe_reference(chosen, reference)
+        described = describe_reference(chosen, reference, seed=settings.seed)
         others = [entry for entry in report["lengths"] if entry["length"] != length]
         report["lengths"] = sorted([*others, described], key=lambda entry: entry["length"])
         for ratio in left[length]:

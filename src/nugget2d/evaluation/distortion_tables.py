@@ -7,6 +7,7 @@ from nugget2d.evaluation.intervals import Estimate
 from nugget2d.evaluation.report import markdown_table
 
 _WITHOUT_GAIN = "-"
+_RETAINED = ("retained by last k %", "without memory %", "by memory %")
 PROFILE_RATIO = 20
 
 
@@ -19,8 +20,8 @@ def markdown(report: dict[str, Any]) -> str:
         "# Rate and distortion",
         f"Model `{settings['config']['name']}` (weights {settings['weights'][:12]}), `{settings['selection']}` "
         f"selection, on `{settings['data']}` ({report['chars_per_token']:.3f} characters a token). Windows: {windows}; "
-        f"those longer than {settings['config']['window']} tokens are compressed in segments, as any text. In brackets: "
-        "95 % bootstrap intervals over windows.",
+        f"those longer than {settings['config']['window']} tokens are compressed in segments, as any text. In "
+        "brackets: 95 % bootstrap intervals over windows.",
         "## What comes back",
         "Corpus BLEU and windows without a fault by greedy decoding; token accuracy and nats a token with the true "
         "tokens before.",
@@ -30,16 +31,27 @@ def markdown(report: dict[str, Any]) -> str:
         ),
         "## Going on",
         f"Nats a token of the {settings['target']} tokens after a window: by the plain LM after nothing, the last k "
-        "tokens of the window (k = its nuggets) and the whole window, all from position 0; by the decoder from the "
-        "memory. Retained: (nothing - this) / (nothing - all); where all is not significantly better than nothing, it "
-        f"would mean nothing ({_WITHOUT_GAIN}).",
+        "tokens of the window (k = its nuggets) and the whole window, all from position 0; by the decoder without and "
+        "with its memory. Retained: (nothing - this) / (nothing - all); where all is not significantly better than "
+        f"nothing, it would mean nothing ({_WITHOUT_GAIN}). What is retained without memory is no merit of the memory.",
         _table(
-            ("tokens", "ratio", "nothing", "last k", "memory", "all", "retained by last k %", "retained by memory %"),
+            (
+                "tokens",
+                "ratio",
+                "nothing",
+                "last k",
+                "all",
+                "no memory",
+                "memory",
+                "retained by last k %",
+                "retained by memory %",
+            ),
             (_going_on(cell, lengths[cell["length"]]) for cell in cells),
         ),
         "## Bits a character",
         "Exact int8 memories, one file a window: what the patch adds, the nuggets' states, and the file with its "
-        "lossless copy. Replayed: windows that come back from nuggets and patch without that copy.",
+        "lossless copy. A patch has a few bytes even where nothing is missed. Replayed: windows that come back from "
+        "nuggets and patch without that copy.",
         _table(
             ("tokens", "ratio", "patch", "nuggets", "file", "replayed %"),
             (_bits(cell) for cell in cells),
@@ -83,9 +95,11 @@ def _going_on(cell: dict[str, Any], reference: dict[str, Any]) -> list[str]:
         *_place(cell),
         f"{reference['nll_none']['value']:.3f}",
         f"{cell['nll_truncation']['value']:.3f}",
-        f"{cell['nll_memory']['value']:.3f}",
         f"{reference['nll_full']['value']:.3f}",
+        f"{reference['nll_no_memory']['value']:.3f}",
+        f"{cell['nll_memory']['value']:.3f}",
         _number(cell["truncation_retained"], 0, 100),
+        _number(reference["no_memory_retained"], 0, 100),
         _number(cell["retained"], 0, 100),
     ]
 

@@ -34,4 +34,4 @@ def bleu_of_counts(sums: Sums) -> NDArray[Any]:
     counts = sums.astype(int)
     matched, total, lengths = counts[:, :_ORDERS], counts[:, _ORDERS:-2], counts[:, -2:]
     rows = zip(matched.tolist(), total.tolist(), lengths.tolist(), strict=True)
-    return np.array([BLEU.compute_bleu(m, t, *both, smooth_method="exp").score for m, t, both in rows])
+    return np.array([BLEU.compute_bleu(m, t, both[0], both[1], smooth_method="exp").score for m, t, both in rows])

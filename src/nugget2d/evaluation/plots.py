@@ -50,6 +50,8 @@ def _fidelity(report: Report) -> "Figure":
 
 
 def _bits(report: Report) -> "Figure":
+    from matplotlib.ticker import LogLocator
+
     figure, (patch, file) = _panels(2)
     for cells, style in _lines(report):
         ratios = [cell["achieved_ratio"] for cell in cells]
@@ -61,6 +63,7 @@ def _bits(report: Report) -> "Figure":
             label = f"{name}, all windows of {longest['length']} tokens as one stream"
             axes.axhline(longest["coder_bits_per_char"][f"{name}_stream"], color="0.35", ls=dashes, lw=1.2, label=label)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         _ratio_axis(axes, report)
     patch.set(ylabel="bits a character", title="patch of exact mode")
@@ -71,13 +74,15 @@ def _bits(report: Report) -> "Figure":
 
 def _retained(report: Report) -> "Figure":
     figure, (axes,) = _panels(1)
-    for cells, style in _lines(report):
+    for (cells, style), reference in zip(_lines(report), report["lengths"], strict=True):
         meaningful = [cell for cell in cells if cell["retained"] is not None]
         if meaningful:
             label = style.pop("label")
             _line(axes, meaningful, "retained", {**style, "label": f"{label}, memory"}, scale=100)
             dashed = {**style, "ls": "--", "lw": 1, "ms": 3, "label": f"{label}, last k tokens as text"}
             _line(axes, meaningful, "truncation_retained", dashed, scale=100, band=False)
+            level = 100 * reference["no_memory_retained"]["value"]
+            axes.axhline(level, color=style["color"], ls=":", lw=1.2, label=f"{label}, decoder without memory")
     axes.axhline(0, color="0.35", lw=0.8)
     _ratio_axis(axes, report)
     axes.set(ylabel="retained information (%)\n0: as after nothing, 100: as after the whole window")
@@ -90,6 +95,8 @@ def _retained(report: Report) -> "Figure":
 
 
 def _profile(report: Report) -> "Figure":
+    from matplotlib.ticker import MaxNLocator
+
     figure, (axes,) = _panels(1)
     chosen = nearest_to_profile_ratio(report["cells"])
     for number, cell in enumerate(chosen):
@@ -101,6 +108,7 @@ def _profile(report: Report) -> "Figure":
         title=f"copy span at {chosen[0]['ratio']:g}x",
         ylim=(0, 102),
     )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(title="window")
     return figure
 
