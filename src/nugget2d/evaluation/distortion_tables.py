@@ -7,7 +7,7 @@ from nugget2d.evaluation.intervals import Estimate
 from nugget2d.evaluation.report import markdown_table
 
 _WITHOUT_GAIN = "-"
-_RETAINED = ("retained by last k %", "without memory %", "by memory %")
+_RETAINED = ("retained by last k %", "without memory %", "with memory %")
 PROFILE_RATIO = 20
 
 
@@ -35,17 +35,7 @@ def markdown(report: dict[str, Any]) -> str:
         "with its memory. Retained: (nothing - this) / (nothing - all); where all is not significantly better than "
         f"nothing, it would mean nothing ({_WITHOUT_GAIN}). What is retained without memory is no merit of the memory.",
         _table(
-            (
-                "tokens",
-                "ratio",
-                "nothing",
-                "last k",
-                "all",
-                "no memory",
-                "memory",
-                "retained by last k %",
-                "retained by memory %",
-            ),
+            ("tokens", "ratio", "nothing", "last k", "all", "no memory", "memory", *_RETAINED),
             (_going_on(cell, lengths[cell["length"]]) for cell in cells),
         ),
         "## Bits a character",
