@@ -77,17 +77,17 @@ def _retained(report: Report) -> "Figure":
     for (cells, style), reference in zip(_lines(report), report["lengths"], strict=True):
         meaningful = [cell for cell in cells if cell["retained"] is not None]
         if meaningful:
-            label = style.pop("label")
-            _line(axes, meaningful, "retained", {**style, "label": f"{label}, memory"}, scale=100)
-            dashed = {**style, "ls": "--", "lw": 1, "ms": 3, "label": f"{label}, last k tokens as text"}
+            _line(axes, meaningful, "retained", style, scale=100)
+            dashed = {**style, "ls": "--", "lw": 1, "ms": 3, "label": None}
             _line(axes, meaningful, "truncation_retained", dashed, scale=100, band=False)
-            level = 100 * reference["no_memory_retained"]["value"]
-            axes.axhline(level, color=style["color"], ls=":", lw=1.2, label=f"{label}, decoder without memory")
+            axes.axhline(100 * reference["no_memory_retained"]["value"], color=style["color"], ls=":", lw=1.2)
     axes.axhline(0, color="0.35", lw=0.8)
     _ratio_axis(axes, report)
     axes.set(ylabel="retained information (%)\n0: as after nothing, 100: as after the whole window")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, ncols=2)
+        for dashes, label in (("-", "memory"), ("--", "last k tokens as text"), (":", "decoder without memory")):
+            axes.plot([], [], color="0.35", ls=dashes, label=label)
+        axes.legend(ncols=2)
     else:
         message = "the whole window does not help this model significantly"
         axes.text(0.5, 0.5, message, ha="center", transform=axes.transAxes)
