@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from nugget2d import __version__
+from nugget2d.cli.bench import bench
 from nugget2d.cli.compress import compress
 from nugget2d.cli.demo import demo
 from nugget2d.cli.generate import generate
@@ -63,6 +64,7 @@ app = typer.Typer(
 )
 for command in (compress, reconstruct, generate, inspect, train, demo):
     app.command()(command)
+app.add_typer(bench)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,6 +1,5 @@
 """`nugget2d demo`: a real document becomes nuggets and comes back, before your eyes."""
 
-from importlib import resources
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nugget2d.cli.options import DEFAULT_MODEL, ModelName
-from nugget2d.cli.shared import against, load_model, progress
+from nugget2d.cli.shared import against, bundled_text, load_model, progress
 from nugget2d.files import read_text
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def demo(
     model: ModelName = DEFAULT_MODEL,
 ) -> None:
     """Compress a document, reconstruct it, and show what was kept."""
-    text = _bundled_text() if file is None else read_text(file)
+    text = bundled_text() if file is None else read_text(file)
     compressor = load_model(model)
     from nugget2d.inspection import inspect_text, print_inspection
 
@@ -45,10 +44,6 @@ def demo(
     console.rule("what comes back")
     console.print(_comparison(compressor, text, memories))
     _exact_round_trip(compressor, text, ratios[-1], console)
-
-
-def _bundled_text() -> str:
-    return (resources.files("nugget2d") / "cli" / "demo.txt").read_text(encoding="utf-8")
 
 
 def _comparison(model: "Nugget2D", text: str, memories: "list[Memory]") -> Table:

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from nugget2d import Memory, Nugget2D
 
 INTERRUPTED = 130  # what shells report for a process that SIGINT ended
+SPEED_SECONDS = 600  # remaining time comes from steps this recent; a step of a benchmark takes minutes
 
 
 def say(kind: str, message: str) -> None:
@@ -90,12 +92,19 @@ def read_source(source: str) -> str:
     return decode_text(sys.stdin.buffer.read(), "standard input")
 
 
+def bundled_text() -> str:
+    """The article that comes with the package."""
+    return (resources.files("nugget2d") / "cli" / "demo.txt").read_text(encoding="utf-8")
+
+
 @contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar over segments on standard error, drawn only on a terminal; yields what `on_progress` wants."""
+def progress(label: str, unit: str = "segments") -> Iterator[Callable[[int, int], None]]:
+    """A bar over units on standard error, drawn only on a terminal; yields what `on_progress` wants."""
     console = Console(stderr=True)
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("segments"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=SPEED_SECONDS
+    ) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -4,7 +4,7 @@ import json
 import platform
 import subprocess
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from nugget2d.files import atomic_write
 
-_PACKAGES = ("nugget2d", "torch", "transformers", "tokenizers", "numpy")
+_PACKAGES = ("nugget2d", "torch", "transformers", "tokenizers", "numpy", "sacrebleu", "zstandard")
 
 
 def environment() -> dict[str, Any]:
@@ -23,7 +23,7 @@ def environment() -> dict[str, Any]:
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit.stdout.strip() or None,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in _PACKAGES},
         "hardware": device,
         "threads": torch.get_num_threads(),
     }
@@ -43,6 +43,13 @@ def markdown_table(header: list[str], rows: list[list[Any]]) -> str:
         return "| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |"
 
     return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # of an extra that is not installed
+        return None
 
 
 def _processor() -> str:

@@ -1,12 +1,73 @@
 """Token accuracy under teacher forcing, and the copy-span profile: where in a window the memory stops carrying."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from nugget2d.compressing import BATCH_LOGITS, pad
 from nugget2d.config import SelectionName
 from nugget2d.losses import token_losses
+from nugget2d.memory import Memory
 from nugget2d.network import Network
+from nugget2d.reading import segment_nuggets
+from nugget2d.segmentation import tokenize
 from nugget2d.selection import count_nuggets
+
+
+@dataclass(frozen=True, eq=False)
+class ReadBack:
+    """How one memory's text fares under teacher forcing, token by token; n tokens of all its segments in order.
+
+    Attributes:
+        hits: (n,) bool, the decoder's first choice is right.
+        losses: (n,) nats.
+        distance: (n,) long, tokens from each token to the nugget of its segment that follows it (0 = it is one).
+    """
+
+    hits: Tensor
+    losses: Tensor
+    distance: Tensor
+
+
+@torch.no_grad()
+def read_back(model: Network, memories: Sequence[Memory], texts: Sequence[str]) -> list[ReadBack]:
+    """Predict the texts from their memories, each segment from its own nuggets as they are stored.
+
+    Args:
+        model: what made the memories.
+        memories: of any number of segments each.
+        texts: what they stand for.
+    """
+    jobs = []
+    for number, (memory, text) in enumerate(zip(memories, texts, strict=True)):
+        parts = [text[segment.start : segment.end] for segment in memory.segments]
+        jobs += [(number, s, tokenize(model.tokenizer, part)[0]) for s, part in enumerate(parts)]
+    rows = rows_at_once(model, max(len(ids) for _, _, ids in jobs))
+    done: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+    jobs.sort(key=lambda job: len(job[2]))
+    for start in range(0, len(jobs), rows):
+        batch = jobs[start : start + rows]
+        ids = pad([tokens for _, _, tokens in batch], model.device)
+        logits = model.decode(
+            segment_nuggets(model, [(memories[m], s) for m, s, _ in batch]), ids[:, :-1], prompt="reconstruct"
+        )
+        hits, losses = (logits.argmax(-1) == ids).cpu(), token_losses(logits, ids).cpu()
+        for row, (m, s, tokens) in enumerate(batch):
+            places = torch.arange(len(tokens))
+            nuggets = memories[m].local_positions[memories[m].segment_slices[s]].long()
+            distance = nuggets[torch.searchsorted(nuggets, places)] - places
+            done[m, s] = hits[row, : len(tokens)], losses[row, : len(tokens)], distance
+    return [
+        ReadBack(*(torch.cat(parts) for parts in zip(*(done[m, s] for s in range(len(memory.segments))), strict=True)))
+        for m, memory in enumerate(memories)
+    ]
+
+
+def rows_at_once(model: Network, tokens: int) -> int:
+    """Rows of `tokens` tokens in one batch: logits of a quarter of `BATCH_LOGITS`, for their copies need room too."""
+    return max(1, BATCH_LOGITS // 4 // (model.lm.config.vocab_size * tokens))
 
 
 @torch.no_grad()

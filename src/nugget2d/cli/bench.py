@@ -1,0 +1,106 @@
+"""`nugget2d bench`: measure a model."""
+
+from hashlib import sha256
+from importlib.util import find_spec
+from lzma import LZMAError
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from nugget2d.cli.options import DEFAULT_MODEL, ModelName, SelectionOption
+from nugget2d.cli.shared import bundled_text, load_model, progress, safe_to_interrupt, say
+from nugget2d.errors import InputError
+from nugget2d.files import atomic_write
+
+WINDOWS = 100
+
+Number = TypeVar("Number", int, float)
+
+bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure a model on held-out text.")
+
+
+@bench.callback()
+def _group() -> None:
+    """Keep `distortion` a command of its own: a Typer app of a single command would take its place."""
+
+
+@bench.command()
+def distortion(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for figures, tables and plots.")],
+    model: ModelName = DEFAULT_MODEL,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Held-out .txt, .jsonl or .jsonl.xz.", show_default="a bundled article"),
+    ] = None,
+    ratios: Annotated[str, typer.Option("--ratios", help="Tokens for each nugget.")] = "1,2,4,8,10,16,20,32,50",
+    lengths: Annotated[str, typer.Option("--lengths", help="Tokens of a window.")] = "64,128,256,512",
+    windows: Annotated[
+        int | None,
+        typer.Option(
+            "--windows", min=1, help="Windows of each length.", show_default=f"{WINDOWS}; of the bundled article, all"
+        ),
+    ] = None,
+    selection: SelectionOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Forget what the folder holds.")] = False,
+) -> None:
+    """Measure what memories keep against what they cost: fidelity, worth for going on, bits.
+
+    Cells that the folder holds already are not measured again.
+    """
+    wanted_ratios, wanted_lengths = _numbers(ratios, "--ratios", float), _numbers(lengths, "--lengths", int)
+    _require_packages()
+    compressor = load_model(model)
+    with safe_to_interrupt():
+        from nugget2d.evaluation.distortion_run import Settings, run_distortion
+        from nugget2d.evaluation.distortion_tables import markdown
+        from nugget2d.evaluation.plots import plot_distortion
+    texts, digest = _documents(data)
+    settings = Settings(
+        config=compressor.config,
+        weights=compressor.fingerprint.model,
+        tokenizer=compressor.fingerprint.tokenizer,
+        data=data.name if data else "the bundled article",
+        data_sha256=digest,
+        windows=windows or (WINDOWS if data else None),
+        selection=selection or compressor.config.selection,
+    )
+    with progress("measuring", unit="window tokens") as on_progress:
+        report = run_distortion(
+            compressor, texts, settings, wanted_ratios, wanted_lengths, out, force=force, on_progress=on_progress
+        )
+    with atomic_write(out / "distortion.md") as file:
+        file.write(markdown(report).encode())
+    plots = plot_distortion(report, out)
+    say("wrote", f"{out}: distortion.json, distortion.md, {', '.join(path.name for path in plots)}")
+
+
+def _numbers(values: str, option: str, kind: type[Number]) -> list[Number]:
+    try:
+        numbers = [kind(value) for value in values.split(",")]
+    except ValueError as error:
+        raise InputError(f"{option} takes numbers with commas between them, not {values!r}") from error
+    if not all(1 <= number < float("inf") for number in numbers):
+        raise InputError(f"{option} takes numbers of at least 1, not {values!r}")
+    return numbers
+
+
+def _require_packages() -> None:
+    """Refuse before an hour of measuring what would fail after it."""
+    missing = [name for name in ("sacrebleu", "zstandard", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"bench needs {', '.join(missing)}: pip install 'nugget2d[eval]'")
+
+
+def _documents(data: Path | None) -> tuple[list[str], str]:
+    """Texts, and the SHA-256 of the bytes they come from."""
+    if data is None:
+        text = bundled_text()
+        return [text], sha256(text.encode()).hexdigest()
+    from nugget2d.training.corpus import documents
+    from nugget2d.training.recipe import Source
+
+    try:
+        return list(documents(Source(path=data.name), data.parent)), sha256(data.read_bytes()).hexdigest()
+    except (UnicodeDecodeError, LZMAError, EOFError, OSError) as error:
+        raise InputError(f"cannot read {data}: {error}; give UTF-8 text as .txt, .jsonl or .jsonl.xz") from error

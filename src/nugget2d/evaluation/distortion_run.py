@@ -1,0 +1,135 @@
+"""The grid of lengths and ratios, cell by cell, into a file that a later run goes on from."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nugget2d.config import Frozen, NuggetConfig, SelectionName
+from nugget2d.errors import InputError, OutputError
+from nugget2d.evaluation.distortion import describe_reference, measure_cell, measure_reference
+from nugget2d.evaluation.report import environment, write_report
+from nugget2d.evaluation.windows import sample_windows
+from nugget2d.model import Nugget2D
+from nugget2d.segmentation import tokenize
+
+REPORT_FILE = "distortion.json"
+
+
+class Settings(Frozen):
+    """All that cells of one report have in common.
+
+    Attributes:
+        config: the model's own.
+        weights: fingerprint of its weights.
+        tokenizer: fingerprint of its tokenizer.
+        data: name of the text.
+        data_sha256: of the file's bytes.
+        windows: of each length; None takes all that the text has.
+        target: tokens after each window, for the worth of a memory in going on.
+        selection: how nuggets are chosen.
+        seed: of windows and bootstrap.
+    """
+
+    config: NuggetConfig
+    weights: str
+    tokenizer: str
+    data: str
+    data_sha256: str
+    windows: int | None
+    target: int = 128
+    selection: SelectionName
+    seed: int = 0
+
+
+def run_distortion(
+    model: Nugget2D,
+    texts: Sequence[str],
+    settings: Settings,
+    ratios: Sequence[float],
+    lengths: Sequence[int],
+    folder: Path,
+    *,
+    force: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Measure every (length, ratio) that `folder` has no cell of yet; each is written as soon as it is done.
+
+    Args:
+        model: the compressor.
+        texts: held-out documents.
+        settings: of this report; `folder` may hold cells of the same settings only.
+        ratios: tokens for each nugget.
+        lengths: tokens of a window.
+        folder: is made if it is missing.
+        force: forget what `folder` holds.
+        on_progress: called with (window tokens done, in all), for the cells that this call measures.
+
+    Returns:
+        What the file holds: environment, settings, chars_per_token, one entry of `lengths` a length, `cells` sorted.
+
+    Raises:
+        InputError: the folder holds another report, or there is too little text.
+        OutputError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make folder {folder}: {error.strerror or error}") from error
+    path = folder / REPORT_FILE
+    report = None if force else _load(path, settings)
+    done = {(cell["length"], cell["ratio"]) for cell in report["cells"]} if report else set()
+    left = {length: [ratio for ratio in ratios if (length, ratio) not in done] for length in lengths}
+    total = sum(length * len(wanted) for length, wanted in left.items())
+    if report is not None and not total:
+        return report
+    documents = [tokenize(model.tokenizer, text)[0] for text in texts]
+    windows = {
+        length: sample_windows(
+            model.tokenizer, documents, settings.windows, length, target=settings.target, seed=settings.seed
+        )
+        for length, wanted in left.items()
+        if wanted
+    }
+    report = report or {
+        "settings": settings.model_dump(mode="json"),
+        "chars_per_token": round(sum(map(len, texts)) / sum(map(len, documents)), 4),
+        "lengths": [],
+        "cells": [],
+    }
+    commit = environment()["commit"]
+    measured = 0
+    for length, chosen in windows.items():
+        reference = measure_reference(model, chosen)
+        described = describe_reference(chosen, reference, seed=settings.seed)
+        others = [entry for entry in report["lengths"] if entry["length"] != length]
+        report["lengths"] = sorted([*others, described], key=lambda entry: entry["length"])
+        for ratio in left[length]:
+            cell = measure_cell(model, chosen, ratio, reference, selection=settings.selection, seed=settings.seed)
+            # code may have changed between two runs into one file
+            cells = [*report["cells"], cell | {"commit": commit}]
+            report["cells"] = sorted(cells, key=lambda cell: (cell["length"], cell["ratio"]))
+            write_report(path, report)
+            measured += length
+            if on_progress is not None:
+                on_progress(measured, total)
+    return report
+
+
+def _load(path: Path, settings: Settings) -> dict[str, Any] | None:
+    """The report in `path`, if there is one and it has these settings."""
+    if not path.exists():
+        return None
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        theirs, mine = report["settings"], settings.model_dump(mode="json")
+        different = [key for key in {**theirs, **mine} if theirs.get(key) != mine.get(key)]
+        report["cells"], report["lengths"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read as a report; choose another folder, or pass --force") from error
+    if different:
+        raise InputError(
+            f"{path} was measured with other settings ({', '.join(different)}); "
+            "choose another folder, or pass --force to start over"
+        )
+    return report
