@@ -9,6 +9,7 @@ Positions, the choice of this project:
 - Continuation goes on at n, as if the text were there.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,6 +20,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from nugget2d.errors import ModelError
+from nugget2d.support import find_rotary
 
 LayerStates = Sequence[Tensor]  # one tensor (B, kv_heads, K, head_dim) per layer
 
@@ -115,7 +117,8 @@ class KeyRotation:
 
     Which layers rotate, and how, is FOUND OUT rather than assumed: one token alone is run at two positions. Its
     attention sees only itself, so a layer's two keys differ by exactly the rotation (rotary layers) or not at all
-    (layers without positions). Anything else is refused: such keys cannot be moved.
+    (layers without positions). Anything else is refused: learned positions, added to the input, are mixed into the
+    hidden state that a key is made of, so only encoding the text again could move it.
     """
 
     def __init__(self, body: PreTrainedModel, num_layers: int) -> None:
@@ -124,23 +127,31 @@ class KeyRotation:
         Raises:
             ModelError: the keys of some layer depend on the position in another way.
         """
-        self._rotary = getattr(body, "rotary_emb", None)
+        self._rotary = find_rotary(body)
+        # some models turn each type of layer by its own frequencies
+        typed = self._rotary is not None and "layer_type" in inspect.signature(self._rotary.forward).parameters
+        self._types: list[str | None] = list(body.config.layer_types) if typed else [None] * num_layers
         self._rotates = [False] * num_layers
         self._probe(body)
 
     def __call__(self, keys: LayerStates, shift: Tensor) -> list[Tensor]:
         """Keys (B, kv_heads, K, head_dim) of every layer moved by `shift` (B, K) positions."""
-        if not any(self._rotates):
-            return list(keys)
-        cos, sin = self._angles(shift, keys[0].device)
-        return [_rotate(key, cos, sin) if rotates else key for key, rotates in zip(keys, self._rotates, strict=True)]
+        device = keys[0].device
+        angles = {kind: self._angles(shift, device, kind) for kind in set(self._types)} if any(self._rotates) else {}
+        return [
+            _rotate(key, *angles[kind]) if rotates else key
+            for key, rotates, kind in zip(keys, self._rotates, self._types, strict=True)
+        ]
 
-    def _angles(self, shift: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _angles(self, shift: Tensor, device: torch.device, kind: str | None) -> tuple[Tensor, Tensor]:
         if self._rotary is None:
             raise ModelError("this model has no rotary embedding whose keys could be moved")
-        cos, sin = self._rotary(torch.zeros(1, device=device), shift.to(device))
-        scaling = getattr(self._rotary, "attention_scaling", 1.0)
-        return cos[:, None] / scaling, sin[:, None] / scaling
+        options = {} if kind is None else {"layer_type": kind}
+        shift = shift.to(device)
+        cos, sin = self._rotary(torch.zeros(1, device=device), shift, **options)
+        # some embeddings also scale: what they give at position 0, the stored keys have already
+        scale = self._rotary(torch.zeros(1, device=device), torch.zeros_like(shift), **options)[0]
+        return (cos / scale)[:, None], (sin / scale)[:, None]
 
     @torch.no_grad()
     def _probe(self, body: PreTrainedModel) -> None:
@@ -165,7 +176,7 @@ class KeyRotation:
             if (before - after).abs().max() < limit:
                 continue
             if self._rotary is not None:
-                cos, sin = self._angles(torch.tensor([[shift]]), device)
+                cos, sin = self._angles(torch.tensor([[shift]]), device, self._types[layer])
                 if (_rotate(before, cos, sin) - after).abs().max() < limit:
                     self._rotates[layer] = True
                     continue

@@ -22,7 +22,7 @@ class NuggetConfig(Frozen):
         adapters: "lora" = two low-rank adapters on a frozen base (the published form, Nugget2D section 3);
             "copies" = the base itself decodes, a full copy of its layers encodes (best for small bases).
         lora_rank: rank of both adapters; ignored for copies.
-        lora_targets: names of the projections that carry an adapter.
+        lora_targets: names of the projections that carry an adapter; `Nugget2D.from_base` finds those of its LM.
         scorer_layer: the scorer reads the hidden state after this many layers, adapters off.
         selection: how nuggets are chosen unless a call says otherwise (see selection.py).
         window: the longest segment that the model was trained on, in tokens; longer texts are cut.

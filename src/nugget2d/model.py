@@ -12,7 +12,9 @@ from nugget2d.config import Adapters, NuggetConfig, SelectionName
 from nugget2d.errors import InputError
 from nugget2d.memory import Memory
 from nugget2d.network import Network
+from nugget2d.parameters import attention_projections
 from nugget2d.states import StoreDtype
+from nugget2d.support import default_lengths
 
 
 class Nugget2D(Network):
@@ -63,9 +65,11 @@ class Nugget2D(Network):
             lm, loaded = pretrained.load_base(base)
             tokenizer = tokenizer or loaded
             default_name = str(base)
-        limit = getattr(lm.config, "max_position_embeddings", None) or 512
-        fields = {"name": default_name, "window": min(512, limit), "context": limit, "adapters": adapters} | options
-        return cls(lm, tokenizer, NuggetConfig.model_validate(fields))
+        window, context = default_lengths(lm)
+        fields: dict[str, Any] = {"name": default_name, "window": window, "context": context, "adapters": adapters}
+        if projections := attention_projections(lm):
+            fields["lora_targets"] = projections
+        return cls(lm, tokenizer, NuggetConfig.model_validate(fields | options))
 
     # ---- what users call ----
 
@@ -151,6 +155,16 @@ class Nugget2D(Network):
         *,
         memory: Memory | None = ...,
         max_new_tokens: int = ...,
+        num_return_sequences: int,
+        **options: Any,
+    ) -> list[str]: ...
+    @overload
+    def generate(
+        self,
+        prompt: str = ...,
+        *,
+        memory: Memory | None = ...,
+        max_new_tokens: int = ...,
         stream: Literal[False] = ...,
         **options: Any,
     ) -> str: ...
@@ -176,7 +190,7 @@ class Nugget2D(Network):
         max_new_tokens: int = 64,
         stream: bool = False,
         **options: Any,
-    ) -> str | Iterator[str]:
+    ) -> str | list[str] | Iterator[str]:
         """Continue `prompt` as if the text of `memory` stood before it; without memory, plain language modelling.
 
         Args:
@@ -184,10 +198,11 @@ class Nugget2D(Network):
             memory: the compressed context.
             max_new_tokens: at most so many tokens.
             stream: return an iterator of text pieces instead of one string.
-            options: passed to transformers' `generate` (do_sample, temperature, top_p, num_beams, ...).
+            options: passed to transformers' `generate` (do_sample, temperature, top_p, num_beams, ...). With
+                num_return_sequences the result is a list of so many strings.
 
         Raises:
-            InputError: neither prompt nor memory, or max_new_tokens below 1.
+            InputError: neither prompt nor memory, max_new_tokens below 1, or more positions than the model has.
             MismatchError: the memory was made by another model.
         """
         return generation.generate(self, prompt, memory, max_new_tokens, stream, options)
