@@ -14,6 +14,7 @@ from typing import Literal, cast
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -118,7 +119,7 @@ class LoraParameters(Parameters):
     """Adapters named "encoder" and "decoder" injected into a frozen base."""
 
     def __init__(self, lm: PreTrainedModel, config: NuggetConfig) -> None:
-        """Freeze `lm` and add both adapters to the projections in `config.lora_targets`.
+        """Freeze `lm` and add both adapters, in float32, to the projections in `config.lora_targets`.
 
         Raises:
             ModelError: the base has no module of those names.
@@ -133,6 +134,8 @@ class LoraParameters(Parameters):
                 warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft sets it
                 inject_adapter_in_model(lora, lm, adapter_name="encoder")
                 inject_adapter_in_model(lora, lm, adapter_name="decoder")
+                for name in ("encoder", "decoder"):  # in half precision small steps would be rounded away
+                    cast_adapter_dtype(lm, name)
         except ValueError as error:
             raise ModelError(
                 f"no adapter can be put on {type(lm).__name__}: {error}; set lora_targets to its projections"

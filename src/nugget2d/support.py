@@ -111,4 +111,4 @@ def _layer_types(text: Any) -> set[str]:
 def _rope_types(text: Any) -> set[str]:
     """One for all layers, or one for each type of layer."""
     rope = getattr(text, "rope_parameters", None) or {}
-    return {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    return {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
