@@ -33,10 +33,10 @@ class NuggetConfig(Frozen):
 
     name: str = "unnamed"
     adapters: Adapters = "lora"
-    lora_rank: int = Field(32, ge=1)
+    lora_rank: int = Field(default=32, ge=1)
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj", "o_proj")
-    scorer_layer: int = Field(3, ge=0)
+    scorer_layer: int = Field(default=3, ge=0)
     selection: SelectionName = "learned"
-    window: int = Field(512, ge=8)
-    context: int = Field(4096, ge=8)
+    window: int = Field(default=512, ge=8)
+    context: int = Field(default=4096, ge=8)
     flag: bool = True

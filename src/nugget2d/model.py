@@ -15,7 +15,7 @@ from nugget2d.memory import Memory
 from nugget2d.network import Network
 from nugget2d.parameters import attention_projections
 from nugget2d.states import StoreDtype
-from nugget2d.support import default_lengths
+from nugget2d.support import fitting_fields
 
 
 class Nugget2D(Network):
@@ -95,7 +95,7 @@ class Nugget2D(Network):
             adapters: "lora" (frozen base, two adapters) or "copies" (two full sets of layers).
             dtype: precision to load the base in; an object keeps its own. Adapters are float32 always.
             quantization_config: how transformers shall quantize the base while loading it ("lora" only).
-            options: other fields of `NuggetConfig`.
+            options: other fields of `NuggetConfig`; those left out are chosen to fit the LM.
 
         Raises:
             ModelError: the LM cannot be loaded or is of a kind that cannot be supported.
@@ -111,11 +111,7 @@ class Nugget2D(Network):
             lm, loaded = pretrained.load_base(base, dtype=dtype, quantization_config=quantization_config)
             tokenizer = tokenizer or loaded
             default_name = str(base)
-        window, context = default_lengths(lm)
-        fields: dict[str, Any] = {"name": default_name, "window": window, "context": context, "adapters": adapters}
-        layers = getattr(lm.config, "num_hidden_layers", None)
-        if layers is not None:
-            fields["scorer_layer"] = min(NuggetConfig().scorer_layer, layers)
+        fields: dict[str, Any] = {"name": default_name, "adapters": adapters} | fitting_fields(lm)
         if projections := attention_projections(lm):
             fields["lora_targets"] = projections
         return cls(lm, tokenizer, NuggetConfig.model_validate(fields | options))

@@ -68,12 +68,17 @@ def position_table(lm: PreTrainedModel) -> int | None:
     return getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def default_lengths(lm: PreTrainedModel) -> tuple[int, int]:
-    """`window` and `context` for a fresh `NuggetConfig`, as long as `lm` allows."""
-    longest = getattr(lm.config, "max_position_embeddings", None) or 512
+def fitting_fields(lm: PreTrainedModel) -> dict[str, int]:
+    """Fields for a fresh `NuggetConfig`: the published ones, or as much as `lm` allows."""
+    published = NuggetConfig()
+    longest = getattr(lm.config, "max_position_embeddings", None) or published.window
     hard = [limit for limit in (sliding_window(lm), position_table(lm)) if limit is not None]
     # half: so that what is read still has room after a full segment, or, rewound, beside its nuggets
-    return min([512, longest, *(limit // 2 for limit in hard)]), min([longest, *hard])
+    return {
+        "window": min([published.window, longest, *(limit // 2 for limit in hard)]),
+        "context": min([longest, *hard]),
+        "scorer_layer": min(published.scorer_layer, getattr(lm.config, "num_hidden_layers", published.scorer_layer)),
+    }
 
 
 def find_rotary(lm: nn.Module) -> nn.Module | None:
