@@ -121,7 +121,7 @@ def test_choices_that_do_not_fit_the_model_are_refused() -> None:
         gpt2,
         lambda: hf.GPTJForCausalLM(hf.GPTJConfig(**SMALL, **GPT2, rotary_dim=8)),
     ],
-    ids=["learned positions", "interleaved rotary"],
+    ids=["learned positions", "rotary inside attention"],
 )
 def test_keys_that_cannot_move_are_read_where_they_are(build) -> None:
     model = wrap(build(), adapters="copies")
@@ -216,8 +216,24 @@ def test_learned_positions_end() -> None:
                 "original_max_position_embeddings": 64,
             }
         ),
+        lambda: hf.CohereForCausalLM(hf.CohereConfig(**SMALL, **PLAIN, intermediate_size=48)),
+        lambda: hf.Glm4ForCausalLM(
+            hf.Glm4Config(**SMALL, **PLAIN, intermediate_size=48, num_key_value_heads=2, head_dim=16, pad_token_id=0)
+        ),
+        lambda: hf.GptOssForCausalLM(
+            hf.GptOssConfig(
+                **SMALL,
+                **PLAIN,
+                intermediate_size=48,
+                num_key_value_heads=2,
+                head_dim=16,
+                sliding_window=128,
+                num_local_experts=2,
+                num_experts_per_tok=1,
+            )
+        ),
     ],
-    ids=["partial rotary", "yarn"],
+    ids=["partial rotary", "yarn", "cohere", "glm4", "gpt-oss"],
 )
 def test_other_rotary_models_move_their_keys(build) -> None:
     """k = n in two segments: a continuation is read as if the second segment had been encoded at its place."""

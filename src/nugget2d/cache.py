@@ -12,7 +12,7 @@ Positions, the choice of this project:
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -112,6 +112,48 @@ def reading_mask(nuggets: Nuggets, batch: int, queries: int, like: Tensor) -> Te
     return torch.cat([memory[:, None, None, :].expand(-1, 1, queries, -1), causal.expand(batch, 1, -1, -1)], dim=3)
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """How a model rotates: which dimensions of a key are a pair, and how its rotary embedding lists their angles.
+
+    Attributes:
+        neighbours: dimensions 2i and 2i + 1 are a pair (GPT-J, Cohere, GLM); else i and i + half (Llama and its kin).
+        angles: one angle for each pair, out of those listed: the first half, every second, or all.
+    """
+
+    neighbours: bool
+    angles: Literal["half", "alternate", "all"]
+
+    def rotate(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate the first dimensions of keys (B, kv_heads, K, head_dim); those beyond have no angle."""
+        cos, sin = self._once(cos), self._once(sin)
+        width = 2 * cos.shape[-1]
+        turned, kept = keys[..., :width].float(), keys[..., width:]
+        first, second = (turned[..., ::2], turned[..., 1::2]) if self.neighbours else turned.chunk(2, dim=-1)
+        parts = (first * cos - second * sin, second * cos + first * sin)
+        turned = torch.stack(parts, dim=-1).flatten(-2) if self.neighbours else torch.cat(parts, dim=-1)
+        return torch.cat([turned.to(keys.dtype), kept], dim=-1)
+
+    def explains(self, before: Tensor, after: Tensor, cos: Tensor, sin: Tensor, limit: float) -> bool:
+        """Whether keys `before` become `after` by this rotation."""
+        if 2 * self._once(cos).shape[-1] > before.shape[-1]:
+            return False
+        return bool((self.rotate(before, cos, sin) - after).abs().max() < limit)
+
+    def _once(self, listed: Tensor) -> Tensor:
+        if self.angles == "half":
+            return listed[..., : listed.shape[-1] // 2]
+        return listed[..., ::2] if self.angles == "alternate" else listed
+
+
+_LAYOUTS = (
+    _Layout(neighbours=False, angles="half"),  # Llama and most others
+    _Layout(neighbours=True, angles="half"),  # GLM, Ernie
+    _Layout(neighbours=True, angles="alternate"),  # Cohere
+    _Layout(neighbours=False, angles="all"),  # gpt-oss
+)
+
+
 class KeyRotation:
     """Moves stored keys to other positions, exactly as the model's own rotary embedding would.
 
@@ -131,16 +173,15 @@ class KeyRotation:
         # some models turn each type of layer by its own frequencies
         typed = self._rotary is not None and "layer_type" in inspect.signature(self._rotary.forward).parameters
         self._types: list[str | None] = list(body.config.layer_types) if typed else [None] * num_layers
-        self._rotates = [False] * num_layers
-        self._probe(body)
+        self._layouts = self._probe(body)
 
     def __call__(self, keys: LayerStates, shift: Tensor) -> list[Tensor]:
         """Keys (B, kv_heads, K, head_dim) of every layer moved by `shift` (B, K) positions."""
         device = keys[0].device
-        angles = {kind: self._angles(shift, device, kind) for kind in set(self._types)} if any(self._rotates) else {}
+        angles = {kind: self._angles(shift, device, kind) for kind in set(self._types)} if any(self._layouts) else {}
         return [
-            _rotate(key, *angles[kind]) if rotates else key
-            for key, rotates, kind in zip(keys, self._rotates, self._types, strict=True)
+            key if layout is None else layout.rotate(key, *angles[kind])
+            for key, layout, kind in zip(keys, self._layouts, self._types, strict=True)
         ]
 
     def _angles(self, shift: Tensor, device: torch.device, kind: str | None) -> tuple[Tensor, Tensor]:
@@ -154,7 +195,7 @@ class KeyRotation:
         return (cos / scale)[:, None], (sin / scale)[:, None]
 
     @torch.no_grad()
-    def _probe(self, body: PreTrainedModel) -> None:
+    def _probe(self, body: PreTrainedModel) -> list[_Layout | None]:
         config, device = body.config, next(body.parameters()).device
 
         def keys_at(position: int) -> list[Tensor]:
@@ -171,25 +212,20 @@ class KeyRotation:
 
         shift = 37
         tolerance = 1e-4 if next(body.parameters()).dtype == torch.float32 else 5e-2
+        layouts: list[_Layout | None] = []
         for layer, (before, after) in enumerate(zip(keys_at(0), keys_at(shift), strict=True)):
             limit = tolerance * max(1.0, float(before.abs().max()))
             if (before - after).abs().max() < limit:
+                layouts.append(None)
                 continue
+            layout = None
             if self._rotary is not None:
                 cos, sin = self._angles(torch.tensor([[shift]]), device, self._types[layer])
-                if (_rotate(before, cos, sin) - after).abs().max() < limit:
-                    self._rotates[layer] = True
-                    continue
-            raise ModelError(
-                f"the keys of layer {layer} depend on the position in a way that cannot be re-based; "
-                "this model can read memories of one segment only: compress shorter texts"
-            )
-
-
-def _rotate(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first cos.shape[-1] dimensions of keys, halves paired (the layout of Llama and its kin)."""
-    width = cos.shape[-1]
-    turned, kept = keys[..., :width].float(), keys[..., width:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([turned.to(keys.dtype), kept], dim=-1)
+                layout = next((one for one in _LAYOUTS if one.explains(before, after, cos, sin, limit)), None)
+            if layout is None:
+                raise ModelError(
+                    f"the keys of layer {layer} depend on the position in a way that cannot be re-based; "
+                    "this model can read memories of one segment only: compress shorter texts"
+                )
+            layouts.append(layout)
+        return layouts
