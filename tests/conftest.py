@@ -23,11 +23,9 @@ def _seeded() -> None:
     torch.manual_seed(1234)
 
 
-@pytest.fixture(
-    scope="session", params=[(kind, adapters) for kind in tiny.KINDS for adapters in tiny.ADAPTERS], ids="-".join
-)
+@pytest.fixture(scope="session", params=tiny.CASES, ids="-".join)
 def case(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """Every kind of LM with both kinds of parameters."""
+    """Every architecture, with one kind of parameters or both."""
     return request.param
 
 

@@ -90,7 +90,9 @@ def test_version() -> None:
     assert run("--version").stdout == f"nugget2d {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["compress", "reconstruct", "generate", "inspect", "train", "demo", "bench"])
+@pytest.mark.parametrize(
+    "command", ["compress", "reconstruct", "generate", "inspect", "train", "demo", "bench", "doctor"]
+)
 def test_every_command_has_help(command: str) -> None:
     assert "Usage" in run(command, "--help").stdout
 

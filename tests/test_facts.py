@@ -8,6 +8,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import DynamicCache, LlamaForCausalLM
 
 import tiny
+from nugget2d.fingerprint import fingerprint
 
 LENGTH, KEPT = 12, [1, 4, 5, 11]
 
@@ -105,3 +106,18 @@ def test_switching_adapters_freezes_the_other() -> None:
     assert not tuner.lora_A["decoder"].weight.requires_grad
     tuner.set_requires_grad(["encoder", "decoder"], True)
     assert tuner.lora_A["decoder"].weight.requires_grad
+
+
+def test_packed_weights_are_digested_as_what_they_stand_for() -> None:
+    """Tensors of quantization libraries override `dequantize` and refuse to be flattened or sliced."""
+
+    class Packed(torch.Tensor):
+        def dequantize(self) -> torch.Tensor:
+            return self.as_subclass(torch.Tensor) * 2
+
+        def flatten(self, *_: object) -> torch.Tensor:
+            raise NotImplementedError
+
+    weights = torch.arange(6.0)
+    packed = {"weight": weights.as_subclass(Packed)}
+    assert fingerprint("", packed, tiny.tokenizer()) == fingerprint("", {"weight": weights * 2}, tiny.tokenizer())

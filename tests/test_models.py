@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from nugget2d import Memory, Nugget2D
-from nugget2d.errors import InputError, ModelError, OutputError
+from nugget2d.errors import ContextWarning, InputError, ModelError, OutputError
+from nugget2d.reading import text_nuggets
 
 V = len(tiny.tokenizer())
 SMALL = {"vocab_size": V, "bos_token_id": 0, "eos_token_id": 0}
@@ -21,6 +22,10 @@ def wrap(lm: hf.PreTrainedModel, **options) -> Nugget2D:
     return Nugget2D.from_base(lm, tiny.tokenizer(), **({"scorer_layer": 1, "window": 32} | options))
 
 
+def same(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 def gpt2() -> hf.PreTrainedModel:
     return hf.GPT2LMHeadModel(hf.GPT2Config(**SMALL, **GPT2))
 
@@ -30,7 +35,47 @@ def rope(kind: str) -> hf.PreTrainedModel:
 
 
 REFUSED = {
-    "sliding window": (lambda: tiny.lm("mistral", sliding_window=8), "sliding_attention"),
+    "sliding window": (lambda: tiny.lm("mistral", sliding_window=63), "window up to 31 and context up to 63, got 32"),
+    "sliding window in some layers": (lambda: tiny.lm("gemma3", sliding_window=63), "sliding_attention layers"),
+    "local attention": (
+        lambda: hf.GPTNeoForCausalLM(
+            hf.GPTNeoConfig(
+                **SMALL, hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]
+            )
+        ),
+        "type local",
+    ),
+    "shared keys": (
+        lambda: tiny.lm("llama", num_kv_shared_layers=1),
+        "share the keys of others",
+    ),
+    "dynamic rotary in some layers": (
+        lambda: tiny.lm(
+            "gemma3",
+            rope_parameters={
+                "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        ),
+        "dynamic rotary embeddings",
+    ),
+    "more than a language model": (
+        lambda: hf.Gemma3ForConditionalGeneration(
+            hf.Gemma3Config(
+                text_config=tiny.lm("gemma3").config,
+                vision_config={
+                    "hidden_size": 16,
+                    "intermediate_size": 16,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 1,
+                    "image_size": 8,
+                    "patch_size": 4,
+                },
+                mm_tokens_per_image=4,
+            )
+        ),
+        "load its text part alone",
+    ),
     "encoder-decoder": (
         lambda: hf.T5ForConditionalGeneration(
             hf.T5Config(vocab_size=V, d_model=32, d_ff=48, num_layers=1, num_heads=2)
@@ -57,13 +102,15 @@ def test_models_that_cannot_work_are_refused(build, reason: str, adapters: str) 
         wrap(build(), adapters=adapters)
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_choices_that_do_not_fit_the_model_are_refused() -> None:
     with pytest.raises(ModelError, match="scorer_layer is 9"):
         wrap(tiny.lm(), scorer_layer=9)
-    with pytest.raises(ModelError, match="lora_targets"):
-        wrap(gpt2(), adapters="lora")
+    with pytest.raises(ModelError, match="set lora_targets"):
+        wrap(gpt2(), adapters="lora", lora_targets=("q_proj",))
     wrap(gpt2(), adapters="lora", lora_targets=("c_attn",), lora_rank=2)
+    for kind, options in (("gpt2", {"window": 1025}), ("opt", {"context": 1025})):
+        with pytest.raises(ModelError, match="has 1024 positions"):
+            wrap(tiny.lm(kind), **options)
     with pytest.raises(InputError, match="tokenizer"):
         Nugget2D.from_base(tiny.lm())
 
@@ -74,7 +121,7 @@ def test_choices_that_do_not_fit_the_model_are_refused() -> None:
         gpt2,
         lambda: hf.GPTJForCausalLM(hf.GPTJConfig(**SMALL, **GPT2, rotary_dim=8)),
     ],
-    ids=["learned positions", "interleaved rotary"],
+    ids=["learned positions", "rotary inside attention"],
 )
 def test_keys_that_cannot_move_are_read_where_they_are(build) -> None:
     model = wrap(build(), adapters="copies")
@@ -89,6 +136,74 @@ def test_keys_that_cannot_move_are_read_where_they_are(build) -> None:
         model.generate("The", memory=several, max_new_tokens=3)
 
 
+# ---- models whose positions end ----
+
+
+def with_window(kind: str, adapters: str, tokens: int) -> Nugget2D:
+    """The same weights with a sliding window of `tokens`; 64 just leaves room for segments of 32."""
+    lm, options = tiny.lm(kind, sliding_window=tokens), {"scorer_layer": 1, "lora_rank": 2}
+    torch.manual_seed(1)
+    return Nugget2D.from_base(lm, tiny.tokenizer(), adapters=adapters, **options)
+
+
+@pytest.mark.parametrize("kind, adapters", [("mistral", "lora"), ("gemma3", "copies")])
+def test_a_sliding_window_is_read_exactly_to_its_end(kind: str, adapters: str) -> None:
+    """Every slot and every position is in use: what a window cut by slot would get wrong."""
+    model, full = with_window(kind, adapters, 64), with_window(kind, adapters, 4096)
+    assert (model.config.window, model.config.context, model.reach) == (32, 64, 64)
+    ids = tiny.random_ids(2, 32)
+    with torch.no_grad():
+        everything = model.encode(ids, [32, 32], [32, 32]).nuggets
+        same(model.decode(everything, ids, prompt=None), full.decode(everything, ids, prompt=None))
+        text = tiny.random_ids(1, 32, seed=3)
+        later = tiny.random_ids(1, 32, seed=4)
+        nuggets = model.encode(text, [32], [32]).nuggets
+        with model.parameters_by_role.role("base") as lm:
+            wanted = lm(input_ids=torch.cat([text, later], dim=1)).logits[:, 32:]
+        same(model.decode(nuggets, later, prompt=None, start=32), wanted)
+        with pytest.raises(InputError, match="65 positions are needed"):
+            model.decode(nuggets, later, prompt=None, start=33)
+    memory = model.compress(["The dog.", model.text(ids[0].tolist())], ratio=1)
+    assert model.reconstruct(memory) == full.reconstruct(memory)
+
+
+@pytest.mark.parametrize("kind, adapters", [("mistral", "lora"), ("gemma3", "copies")])
+def test_generation_stops_where_a_sliding_window_ends(kind: str, adapters: str) -> None:
+    model = with_window(kind, adapters, 64)
+    text = "The dog looked up."
+    memory = model.compress(text, ratio=2)
+    room = 64 - memory.num_tokens - 1
+    ids, (nuggets, _) = model.ids("S"), text_nuggets(model, memory)
+    for _ in range(room):
+        logits = model.decode(nuggets, ids, prompt="continue", start=memory.num_tokens)
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    wanted = model.text(ids[0, 1:].tolist())
+    assert tiny.END not in wanted
+    assert model.generate("S", memory=memory, max_new_tokens=room) == wanted
+    with pytest.raises(InputError, match="65 positions are needed"):
+        model.generate("S", memory=memory, max_new_tokens=room + 1)
+    longer = model.compress(tiny.TEXT[:120], ratio=2)
+    with pytest.warns(ContextWarning, match="only the last"):
+        assert model.generate("S", memory=longer, max_new_tokens=20)
+    assert model.generate("S", max_new_tokens=80)  # without a memory, transformers slides the window
+
+
+def test_learned_positions_end() -> None:
+    model = wrap(gpt2())
+    memory = model.compress("The dog looked up.", ratio=2)
+    room = 128 - memory.num_tokens - 1
+    assert model.generate("S", memory=memory, max_new_tokens=room)
+    for call in (
+        lambda: model.generate("S", memory=memory, max_new_tokens=room + 1),
+        lambda: model.generate("S", max_new_tokens=200),
+        lambda: model.score(tiny.TEXT[:500]),
+        lambda: model.score(tiny.TEXT[:500], memory=memory),
+        lambda: model.encode(tiny.random_ids(1, 129), [129], [3]),
+    ):
+        with pytest.raises(InputError, match="positions are needed"):
+            call()
+
+
 @pytest.mark.parametrize(
     "build",
     [
@@ -101,8 +216,24 @@ def test_keys_that_cannot_move_are_read_where_they_are(build) -> None:
                 "original_max_position_embeddings": 64,
             }
         ),
+        lambda: hf.CohereForCausalLM(hf.CohereConfig(**SMALL, **PLAIN, intermediate_size=48)),
+        lambda: hf.Glm4ForCausalLM(
+            hf.Glm4Config(**SMALL, **PLAIN, intermediate_size=48, num_key_value_heads=2, head_dim=16, pad_token_id=0)
+        ),
+        lambda: hf.GptOssForCausalLM(
+            hf.GptOssConfig(
+                **SMALL,
+                **PLAIN,
+                intermediate_size=48,
+                num_key_value_heads=2,
+                head_dim=16,
+                sliding_window=128,
+                num_local_experts=2,
+                num_experts_per_tok=1,
+            )
+        ),
     ],
-    ids=["partial rotary", "yarn"],
+    ids=["partial rotary", "yarn", "cohere", "glm4", "gpt-oss"],
 )
 def test_other_rotary_models_move_their_keys(build) -> None:
     """k = n in two segments: a continuation is read as if the second segment had been encoded at its place."""

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import tiny
 from nugget2d.cli.app import app
+from nugget2d.parameters import attention_projections
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,6 +41,16 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert result.exit_code == 0, result.output
     assert (tmp_path / "copy.txt").stat().st_size > 1000
     assert "<html" in (tmp_path / "nuggets.html").read_text(encoding="utf-8")
+
+
+def test_the_table_of_architectures_is_what_the_suite_covers() -> None:
+    table = README.split("| `model_type` |")[1].split("\n\n")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines()[2:]]
+    shown = {kind: re.findall(r"`(\w+)`", targets) for kinds, targets in rows for kind in re.findall(r"`(\w+)`", kinds)}
+    lms = {lm.config.model_type: lm for lm in map(tiny.lm, tiny.KINDS)}
+    assert shown.keys() == lms.keys()
+    for kind, lm in lms.items():
+        assert {target.split(".")[-1] for target in attention_projections(lm)} == set(shown[kind]), kind
 
 
 def test_links_lead_somewhere() -> None:

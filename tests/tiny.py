@@ -1,26 +1,72 @@
 """Tiny random models and a byte-level tokenizer, made in memory: what every test works on."""
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
+import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from nugget2d import Nugget2D
 
 END = "<|endoftext|>"
-KINDS = ("llama", "qwen2", "mistral")
 ADAPTERS = ("lora", "copies")
 WINDOW = 32
+
+
+class Kind(NamedTuple):
+    """An architecture: its configuration class, what it changes of `_SHAPE`, and what is special about it."""
+
+    config: type[hf.PreTrainedConfig]
+    changes: dict[str, object]
+    # learned positions cannot be moved: a whole text of the suite must fit into one segment
+    movable: bool = True
+
+
+# wide weights: with the usual 0.02 a random model attends to everything alike and would hide mistakes
+_SHAPE: dict[str, object] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+    "initializer_range": 0.2,
+}
+_ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+
+KINDS = {
+    "llama": Kind(hf.LlamaConfig, {"num_hidden_layers": 3}),
+    "qwen2": Kind(hf.Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": Kind(hf.Qwen3Config, {"head_dim": 8, "tie_word_embeddings": True}),
+    "mistral": Kind(hf.MistralConfig, {"sliding_window": None}),
+    "mistral-window": Kind(hf.MistralConfig, {"sliding_window": 512}),
+    "gemma3": Kind(
+        hf.Gemma3TextConfig,
+        {"num_hidden_layers": 3, "head_dim": 8, "sliding_window": 512, "layer_types": _ALTERNATING},
+    ),
+    "phi3": Kind(hf.Phi3Config, {"sliding_window": None, "partial_rotary_factor": 0.5}),
+    "olmo2": Kind(hf.Olmo2Config, {}),
+    "smollm3": Kind(hf.SmolLM3Config, {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]}),
+    "neox": Kind(hf.GPTNeoXConfig, {"rotary_pct": 0.5}),
+    "gpt2": Kind(hf.GPT2Config, {"max_position_embeddings": 1024}, movable=False),
+    "opt": Kind(
+        hf.OPTConfig,
+        {"ffn_dim": 48, "word_embed_proj_dim": 24, "init_std": 0.2, "max_position_embeddings": 1024},
+        movable=False,
+    ),
+}
+# both kinds of parameters on one architecture, the one with more to go wrong on the others
+CASES = [
+    ("llama", "lora"),
+    ("llama", "copies"),
+    *((kind, "lora") for kind in ("qwen2", "mistral-window", "phi3", "smollm3", "neox", "gpt2", "opt")),
+    *((kind, "copies") for kind in ("qwen3", "mistral", "gemma3", "olmo2")),
+]
 
 TEXT = """\
 The lighthouse keeper wrote in the log every evening, whether or not a ship had passed. On some days there was \
@@ -55,32 +101,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def lm(kind: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
     """A random causal LM of two or three layers, in float32, in eval mode."""
-    shape = {
-        "vocab_size": len(tokenizer()),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        # wide weights: with the usual 0.02 a random model attends to everything alike and would hide mistakes
-        "initializer_range": 0.2,
-    } | changes
+    config = KINDS[kind].config(**(_SHAPE | KINDS[kind].changes | {"vocab_size": len(tokenizer())} | changes))
     torch.manual_seed(seed)
-    if kind == "llama":
-        return LlamaForCausalLM(LlamaConfig(**shape)).eval()
-    if kind == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(**(shape | {"tie_word_embeddings": True}))).eval()
-    return MistralForCausalLM(MistralConfig(**({"sliding_window": None} | shape))).eval()
+    return hf.AutoModelForCausalLM.from_config(config).eval()
 
 
 def make(kind: str = "llama", adapters: str = "lora", seed: int = 0, **options: object) -> Nugget2D:
     """A fresh untrained compressor over a tiny LM."""
     base = lm(kind, seed)
     torch.manual_seed(seed + 1)
-    fields = {"lora_rank": 4, "scorer_layer": 2, "window": WINDOW} | options
+    window = WINDOW if KINDS[kind].movable else 256
+    fields = {"lora_rank": 4, "scorer_layer": 2, "window": window} | options
     return Nugget2D.from_base(base, tokenizer(), adapters=adapters, **fields)
 
 

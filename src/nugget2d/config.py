@@ -22,7 +22,7 @@ class NuggetConfig(Frozen):
         adapters: "lora" = two low-rank adapters on a frozen base (the published form, Nugget2D section 3);
             "copies" = the base itself decodes, a full copy of its layers encodes (best for small bases).
         lora_rank: rank of both adapters; ignored for copies.
-        lora_targets: names of the projections that carry an adapter.
+        lora_targets: names of the projections that carry an adapter; `Nugget2D.from_base` finds those of its LM.
         scorer_layer: the scorer reads the hidden state after this many layers, adapters off.
         selection: how nuggets are chosen unless a call says otherwise (see selection.py).
         window: the longest segment that the model was trained on, in tokens; longer texts are cut.
@@ -33,10 +33,10 @@ class NuggetConfig(Frozen):
 
     name: str = "unnamed"
     adapters: Adapters = "lora"
-    lora_rank: int = Field(32, ge=1)
+    lora_rank: int = Field(default=32, ge=1)
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj", "o_proj")
-    scorer_layer: int = Field(3, ge=0)
+    scorer_layer: int = Field(default=3, ge=0)
     selection: SelectionName = "learned"
-    window: int = Field(512, ge=8)
-    context: int = Field(4096, ge=8)
+    window: int = Field(default=512, ge=8)
+    context: int = Field(default=4096, ge=8)
     flag: bool = True

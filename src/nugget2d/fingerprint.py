@@ -20,6 +20,8 @@ def fingerprint(name: str, state: Mapping[str, Tensor], tokenizer: PreTrainedTok
     """
     weights = hashlib.sha256()
     for key, tensor in sorted(state.items()):
+        if type(tensor).dequantize is not Tensor.dequantize:
+            tensor = tensor.dequantize()  # packed weights of a quantization library, which cannot be sliced
         flat = tensor.detach().flatten()
         step = max(1, flat.numel() // _SAMPLES)
         sample = flat[::step].to(torch.bfloat16).cpu().contiguous()

@@ -23,7 +23,7 @@ def generate(
     max_new_tokens: int,
     stream: bool,
     options: dict[str, Any],
-) -> str | Iterator[str]:
+) -> str | list[str] | Iterator[str]:
     """See `Nugget2D.generate`."""
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -31,7 +31,7 @@ def generate(
     copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
     if stream and copies > 1:
         raise InputError("only one sequence can be streamed; leave out num_beams, or use stream=False")
-    inputs = _inputs(model, prompt, memory, copies)
+    inputs = _inputs(model, prompt, memory, copies, max_new_tokens)
     eos = model.tokenizer.eos_token_id
     arguments = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": eos, **inputs, **options}
     role: Role = "base" if memory is None else "decoder"
@@ -48,7 +48,11 @@ def generate(
 
     if stream:
         return _stream(run, model)
-    return cast(str, model.tokenizer.decode(run()[0], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    texts = [
+        cast(str, model.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        for ids in run()
+    ]
+    return texts if "num_return_sequences" in options else texts[0]
 
 
 class _Abandoned(StoppingCriteria):
@@ -88,7 +92,7 @@ def _stream(run: Callable[..., Tensor], model: Network) -> Iterator[str]:
         raise failure[0]
 
 
-def _inputs(model: Network, prompt: str, memory: Memory | None, copies: int) -> dict[str, Any]:
+def _inputs(model: Network, prompt: str, memory: Memory | None, copies: int, new_tokens: int) -> dict[str, Any]:
     """What transformers' generate needs to go on from a cache: embeddings, mask AND positions of length K + q.
 
     Leaving out the mask or the positions gives wrong text without an error; the embeddings of the K cached
@@ -100,9 +104,12 @@ def _inputs(model: Network, prompt: str, memory: Memory | None, copies: int) -> 
             raise InputError("nothing to continue: give a prompt or a memory")
         if model.start_token is not None:
             ids = torch.cat([torch.full_like(ids[:, :1], model.start_token), ids], dim=1)
+        model.require_positions(ids.shape[1] + new_tokens - 1)
         embeds = model.embed(ids)
         return {"inputs_embeds": embeds, "attention_mask": embeds.new_ones(embeds.shape[:2]).long()}
-    nuggets, end = text_nuggets(model, memory)
+    room = ids.shape[1] + new_tokens  # the soft prompt too; the last token is not read
+    nuggets, end = text_nuggets(model, memory, room)
+    model.require_positions(end + room, slots=nuggets.count + room)
     embeds = torch.cat([model.prompt("continue", 1).to(model.lm.dtype), model.embed(ids)], dim=1)
     positions = end + torch.arange(-nuggets.count, embeds.shape[1], device=model.device)
     embeds = torch.nn.functional.pad(embeds, (0, 0, nuggets.count, 0))

@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nugget2d import compressing, generation, pretrained, reading
 from nugget2d.config import Adapters, NuggetConfig, SelectionName
-from nugget2d.errors import InputError
+from nugget2d.errors import InputError, ModelError
 from nugget2d.memory import Memory
 from nugget2d.network import Network
+from nugget2d.parameters import attention_projections
 from nugget2d.states import StoreDtype
+from nugget2d.support import fitting_fields
 
 
 class Nugget2D(Network):
@@ -22,17 +25,56 @@ class Nugget2D(Network):
     """
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, device: str | torch.device = "cpu") -> "Nugget2D":
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        base: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        quantization_config: QuantizationConfigMixin | None = None,
+    ) -> "Nugget2D":
         """Load a bundled model ("nano"), a folder written by `save_pretrained`, or a hub id.
 
-        Raises:
-            ModelError: there is no such model, or its files are incomplete.
-        """
-        return pretrained.load(cls, name).to(device)
+        Args:
+            name: which model.
+            device: where to; a quantized base stays where its library put it.
+            base: for adapters saved alone: the folder or hub id of their base, if it is not where it was.
+            dtype: precision of the base; everything trained keeps float32, but for copied layers.
+            quantization_config: how transformers shall quantize the base, e.g. `BitsAndBytesConfig(load_in_8bit=True)`.
 
-    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
-        """Write configuration, weights and tokenizer to `folder`, for `from_pretrained`; `dtype` rounds weights."""
-        pretrained.save(self, folder, dtype)
+        Raises:
+            ModelError: there is no such model, its files are incomplete, or the base is another one.
+            InputError: a `base` for a model that has its own.
+        """
+        model = pretrained.load(cls, name, base, dtype=dtype, quantization_config=quantization_config)
+        return model if quantization_config is not None else model.to(device)
+
+    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None, base: bool = True) -> None:
+        """Write configuration, weights and tokenizer to `folder`, for `from_pretrained`.
+
+        Args:
+            folder: where to.
+            dtype: rounds the weights; None keeps them.
+            base: False leaves out the frozen LM and records where it was loaded from, and a digest.
+
+        Raises:
+            InputError: the base cannot be left out ("copies" trains it; an object never had a place), or is quantized
+                and must be.
+            OutputError: the folder cannot be written.
+        """
+        pretrained.save(self, folder, dtype, base=base)
+
+    def merge_and_unload(self) -> NoReturn:
+        """Always refused, under the name that users of peft look for.
+
+        Raises:
+            ModelError: one base cannot hold both adapters, and it must stay as it is for the scorer.
+        """
+        raise ModelError(
+            "adapters cannot be merged: encoder and decoder share one frozen base, which can take in only one of the "
+            "two and must stay as it was for the scorer; for weights without adapters train with adapters='copies'"
+        )
 
     @classmethod
     def from_base(
@@ -41,6 +83,8 @@ class Nugget2D(Network):
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         adapters: Adapters = "lora",
+        dtype: torch.dtype = torch.float32,
+        quantization_config: QuantizationConfigMixin | None = None,
         **options: Any,
     ) -> "Nugget2D":
         """Wrap any decoder-only LM (object, folder or hub id) with fresh, untrained compressor weights.
@@ -49,23 +93,28 @@ class Nugget2D(Network):
             base: the LM; an object is changed in place.
             tokenizer: needed with an object; read from the same place otherwise.
             adapters: "lora" (frozen base, two adapters) or "copies" (two full sets of layers).
-            options: other fields of `NuggetConfig`.
+            dtype: precision to load the base in; an object keeps its own. Adapters are float32 always.
+            quantization_config: how transformers shall quantize the base while loading it ("lora" only).
+            options: other fields of `NuggetConfig`; those left out are chosen to fit the LM.
 
         Raises:
             ModelError: the LM cannot be loaded or is of a kind that cannot be supported.
-            InputError: an object came without a tokenizer.
+            InputError: an object came without a tokenizer; copies of a quantized base.
         """
+        if quantization_config is not None and adapters == "copies":
+            raise InputError("quantized weights cannot be trained; use adapters='lora'")
         if isinstance(base, PreTrainedModel):
             if tokenizer is None:
                 raise InputError("from_base(model object) needs its tokenizer: from_base(model, tokenizer)")
             lm, default_name = base, base.config.name_or_path or type(base).__name__
         else:
-            lm, loaded = pretrained.load_base(base)
+            lm, loaded = pretrained.load_base(base, dtype=dtype, quantization_config=quantization_config)
             tokenizer = tokenizer or loaded
             default_name = str(base)
-        limit = getattr(lm.config, "max_position_embeddings", None) or 512
-        fields = {"name": default_name, "window": min(512, limit), "context": limit, "adapters": adapters} | options
-        return cls(lm, tokenizer, NuggetConfig.model_validate(fields))
+        fields: dict[str, Any] = {"name": default_name, "adapters": adapters} | fitting_fields(lm)
+        if projections := attention_projections(lm):
+            fields["lora_targets"] = projections
+        return cls(lm, tokenizer, NuggetConfig.model_validate(fields | options))
 
     # ---- what users call ----
 
@@ -151,6 +200,16 @@ class Nugget2D(Network):
         *,
         memory: Memory | None = ...,
         max_new_tokens: int = ...,
+        num_return_sequences: int,
+        **options: Any,
+    ) -> list[str]: ...
+    @overload
+    def generate(
+        self,
+        prompt: str = ...,
+        *,
+        memory: Memory | None = ...,
+        max_new_tokens: int = ...,
         stream: Literal[False] = ...,
         **options: Any,
     ) -> str: ...
@@ -176,7 +235,7 @@ class Nugget2D(Network):
         max_new_tokens: int = 64,
         stream: bool = False,
         **options: Any,
-    ) -> str | Iterator[str]:
+    ) -> str | list[str] | Iterator[str]:
         """Continue `prompt` as if the text of `memory` stood before it; without memory, plain language modelling.
 
         Args:
@@ -184,10 +243,11 @@ class Nugget2D(Network):
             memory: the compressed context.
             max_new_tokens: at most so many tokens.
             stream: return an iterator of text pieces instead of one string.
-            options: passed to transformers' `generate` (do_sample, temperature, top_p, num_beams, ...).
+            options: passed to transformers' `generate` (do_sample, temperature, top_p, num_beams, ...). With
+                num_return_sequences the result is a list of so many strings.
 
         Raises:
-            InputError: neither prompt nor memory, or max_new_tokens below 1.
+            InputError: neither prompt nor memory, max_new_tokens below 1, or more positions than the model has.
             MismatchError: the memory was made by another model.
         """
         return generation.generate(self, prompt, memory, max_new_tokens, stream, options)

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nugget2d.cache import AllCollected, CollectingCache, KeyRotation, Nuggets, gather_nuggets, reading_mask
 from nugget2d.config import NuggetConfig, SelectionName
+from nugget2d.errors import InputError
 from nugget2d.fingerprint import fingerprint
 from nugget2d.hidden import find_layers, hidden_after
 from nugget2d.memory import Fingerprint
 from nugget2d.parameters import make_parameters
 from nugget2d.segmentation import detokenize, tokenize
 from nugget2d.selection import SCORED, Scorer, select
-from nugget2d.support import check_supported
+from nugget2d.support import check_supported, position_table, sliding_window
 
 PromptName = Literal["reconstruct", "continue"]
 
@@ -56,11 +57,11 @@ class Network(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.parameters_by_role = make_parameters(lm, config)
-        embeddings = self._embeddings.weight.detach()
-        width = embeddings.shape[1]
-        self.scorer = Scorer(width).to(embeddings.device)
+        device = self._embeddings.weight.device
+        self.scorer = Scorer(lm.config.hidden_size).to(device)
         # A soft prompt starts like an average token; the flag at zero, so that it disturbs nothing until trained.
-        start = embeddings.float().mean(0)
+        with torch.no_grad():  # what the module gives, not its weight: some models scale their embeddings
+            start = self.embed(torch.arange(self._embeddings.num_embeddings, device=device)).float().mean(0)
         self.prompts = nn.ParameterDict({name: start.clone() for name in ("reconstruct", "continue")})
         self.flag = nn.Parameter(torch.zeros_like(start)) if config.flag else None
         self.eval()
@@ -112,7 +113,11 @@ class Network(nn.Module):
             selection: policy; None takes the model's own.
             generator: for random selection.
             scores: (B, n) from `token_scores`; None computes them if the selection needs them.
+
+        Raises:
+            InputError: more tokens than the model has positions for (`require_positions`).
         """
+        self.require_positions(ids.shape[1], slots=ids.shape[1])
         selection = selection or self.config.selection
         if scores is None and selection in SCORED:
             scores = self.token_scores(ids)
@@ -153,13 +158,20 @@ class Network(nn.Module):
 
         Returns:
             (B, q [+ 1 with a prompt], vocabulary): row t predicts ids[t] with a prompt, ids[t + 1] without.
+
+        Raises:
+            InputError: more positions than the model has (`require_positions`).
         """
         embeds = self.embed(ids)
         if prompt is not None:
             embeds = torch.cat([self.prompt(prompt, len(ids)).to(embeds.dtype), embeds], dim=1)
         batch, queries = embeds.shape[:2]
         steps = torch.arange(queries, device=ids.device)
-        positions = torch.as_tensor(start, device=ids.device).reshape(-1, 1) + steps
+        first = torch.as_tensor(start, device=ids.device).reshape(-1, 1)
+        if self.reach is not None:  # else the maximum would cost a synchronisation with the GPU, for nothing
+            slots = None if nuggets is None else nuggets.count + queries
+            self.require_positions(int(first.max()) + queries, slots=slots)
+        positions = first + steps
         cache = None if nuggets is None else nuggets.to_cache(self.lm.config)
         mask = None if nuggets is None else reading_mask(nuggets, batch, queries, self._mask_like(embeds))
         with self.parameters_by_role.role("base" if prompt is None else "decoder") as lm:
@@ -188,6 +200,29 @@ class Network(nn.Module):
         """The token that stands before a text in plain language modelling, if the tokenizer has one."""
         bos = self.tokenizer.bos_token_id
         return self.tokenizer.eos_token_id if bos is None else bos
+
+    @cached_property
+    def reach(self) -> int | None:
+        """Positions that exist while nuggets are read; None: no end (rotary models without sliding windows)."""
+        return min([end for end in (position_table(self.lm), sliding_window(self.lm)) if end is not None], default=None)
+
+    def require_positions(self, end: int, *, slots: int | None = None) -> None:
+        """Check that positions 0 .. end - 1 exist, or do nothing where they have no end.
+
+        Args:
+            end: one more than the last position.
+            slots: slots of the cache at the end, when nuggets are in it. Without nuggets a sliding window is no limit.
+
+        Raises:
+            InputError: they do not.
+        """
+        limit = position_table(self.lm) if slots is None else self.reach
+        needed = end if sliding_window(self.lm) is None else max(end, slots or 0)
+        if limit is not None and needed > limit:
+            raise InputError(
+                f"{needed} positions are needed, but {self.config.name!r} has {limit}: compress less text, shorten "
+                "the prompt, or ask for fewer tokens"
+            )
 
     @cached_property
     def fingerprint(self) -> Fingerprint:

@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, cast
 
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -21,6 +22,16 @@ from nugget2d.config import NuggetConfig
 from nugget2d.errors import ModelError
 
 Role = Literal["base", "encoder", "decoder"]
+
+# Where the queries, values and outputs of attention are computed (Nugget2D, section 3), by the names that transformers
+# gives them. Fused matrices hold the keys too, which then get an adapter as well.
+_PROJECTIONS = (
+    *("q_proj", "v_proj", "o_proj", "out_proj"),  # Llama and its kin; OPT, GPT-J
+    "qkv_proj",  # Phi-3, fused
+    *("query_key_value", "attention.dense", "self_attention.dense"),  # GPT-NeoX, Falcon, fused
+    "self_attn.dense",  # Phi
+    *("attn.c_attn", "attn.c_proj"),  # GPT-2, fused
+)
 
 
 class _Lock:
@@ -108,7 +119,7 @@ class LoraParameters(Parameters):
     """Adapters named "encoder" and "decoder" injected into a frozen base."""
 
     def __init__(self, lm: PreTrainedModel, config: NuggetConfig) -> None:
-        """Freeze `lm` and add both adapters to the projections in `config.lora_targets`.
+        """Freeze `lm` and add both adapters, in float32, to the projections in `config.lora_targets`.
 
         Raises:
             ModelError: the base has no module of those names.
@@ -118,15 +129,18 @@ class LoraParameters(Parameters):
         lm.requires_grad_(False)
         lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=list(config.lora_targets))
         try:
-            inject_adapter_in_model(lora, lm, adapter_name="encoder")
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two are the point here
+                warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft sets it
+                inject_adapter_in_model(lora, lm, adapter_name="encoder")
                 inject_adapter_in_model(lora, lm, adapter_name="decoder")
+                for name in ("encoder", "decoder"):  # in half precision small steps would be rounded away
+                    cast_adapter_dtype(lm, name)
         except ValueError as error:
             raise ModelError(
                 f"no adapter can be put on {type(lm).__name__}: {error}; set lora_targets to its projections"
             ) from error
-        self._tuners = [module for module in lm.modules() if isinstance(module, BaseTunerLayer)]
+        self._tuners = [module for module in lm.modules() if isinstance(module, LoraLayer)]
         self._activate("base")
 
     @contextmanager
@@ -148,7 +162,8 @@ class LoraParameters(Parameters):
         return self._adapter_parameters("decoder")
 
     def _adapter_parameters(self, name: str) -> list[nn.Parameter]:
-        return [p for key, p in self.lm.named_parameters() if f".{name}." in key and "lora_" in key]
+        halves = (half[name] for tuner in self._tuners for half in (tuner.lora_A, tuner.lora_B))
+        return [parameter for half in halves for parameter in half.parameters()]
 
     def _activate(self, role: Role) -> None:
         self._role: Role = role
@@ -160,6 +175,12 @@ class LoraParameters(Parameters):
                 tuner.set_adapter(role)
             # set_adapter and enable_adapters freeze the other adapter: both must keep their gradients
             tuner.set_requires_grad(["encoder", "decoder"], True)
+
+
+def attention_projections(lm: PreTrainedModel) -> tuple[str, ...]:
+    """Names, for `NuggetConfig.lora_targets`, of the known query, value and output projections that `lm` has."""
+    modules = [name for name, _ in lm.named_modules()]
+    return tuple(target for target in _PROJECTIONS if any(name.endswith(f".{target}") for name in modules))
 
 
 def make_parameters(lm: PreTrainedModel, config: NuggetConfig) -> Parameters:

@@ -1,7 +1,8 @@
 """Model folders: bundled, local or on a hub.
 
 nugget2d.json          NuggetConfig
-base/                  a transformers folder: config and weights
+base/                  a transformers folder: config and weights, or else
+base.json              where the base is, and a digest of its weights
 tokenizer/             apart from base/: beside a config, transformers may swap in the class of that model type
 nugget2d.safetensors   scorer, soft prompts, flag, and the encoder copy or both adapters
 """
@@ -19,12 +20,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from nugget2d.config import NuggetConfig
-from nugget2d.errors import ModelError, OutputError
+from nugget2d.config import Frozen, NuggetConfig
+from nugget2d.errors import InputError, ModelError, OutputError
+from nugget2d.fingerprint import fingerprint
 from nugget2d.network import Network
 
-CONFIG_FILE, WEIGHTS_FILE, BASE_FOLDER, TOKENIZER_FOLDER = "nugget2d.json", "nugget2d.safetensors", "base", "tokenizer"
+CONFIG_FILE, WEIGHTS_FILE, BASE_FILE = "nugget2d.json", "nugget2d.safetensors", "base.json"
+BASE_FOLDER, TOKENIZER_FOLDER = "base", "tokenizer"
 
 N = TypeVar("N", bound=Network)
 
@@ -63,18 +67,25 @@ def resolve(name: str | Path) -> Path:
 
 
 def load_base(
-    base: Path | str, tokenizer_folder: Path | None = None
+    base: Path | str,
+    tokenizer_folder: Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantization_config: QuantizationConfigMixin | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM from a folder or hub id, in float32 on the CPU, and its tokenizer from there or its own folder.
+    """A causal LM from a folder or hub id, and its tokenizer from there or its own folder.
+
+    It is on the CPU, unless its quantization puts it elsewhere.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: it cannot be loaded, or the library that quantizes is not installed.
     """
+    options = {} if quantization_config is None else {"quantization_config": quantization_config}
     try:
         auto = cast(Any, AutoModelForCausalLM)
-        lm, report = auto.from_pretrained(base, dtype=torch.float32, output_loading_info=True)
+        lm, report = auto.from_pretrained(base, dtype=dtype, output_loading_info=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder or base)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"cannot load base model {str(base)!r}: {error}") from error
     if report["missing_keys"]:
         # transformers would go on with random weights
@@ -82,22 +93,39 @@ def load_base(
     return lm, tokenizer
 
 
-def load(make: Callable[[PreTrainedModel, PreTrainedTokenizerBase, NuggetConfig], N], name: str | Path) -> N:
+def load(
+    make: Callable[[PreTrainedModel, PreTrainedTokenizerBase, NuggetConfig], N],
+    name: str | Path,
+    base: str | Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantization_config: QuantizationConfigMixin | None = None,
+) -> N:
     """What `make` makes of a folder's LM, tokenizer and configuration, with the folder's weights.
 
     See `Nugget2D.from_pretrained`.
 
     Raises:
-        ModelError: unknown, incomplete or inconsistent.
+        ModelError: unknown, incomplete or inconsistent; the base is not the one that the adapters were trained on.
+        InputError: a `base` for a folder that has its own.
     """
     folder = resolve(name)
     try:
         config = NuggetConfig.model_validate_json((folder / CONFIG_FILE).read_text())
         own = load_file(folder / WEIGHTS_FILE)
+        record = _BaseRecord.model_validate_json(path.read_text()) if (path := folder / BASE_FILE).is_file() else None
     except (OSError, ValidationError, SafetensorError) as error:
         raise ModelError(f"model folder {folder} is incomplete or damaged: {error}") from error
-    lm, tokenizer = load_base(folder / BASE_FOLDER, folder / TOKENIZER_FOLDER)
+    if base is not None and record is None:
+        raise InputError(f"model folder {folder} has its own base; leave out base={str(base)!r}")
+    source = base or (folder / BASE_FOLDER if record is None else record.name)
+    lm, tokenizer = load_base(source, folder / TOKENIZER_FOLDER, dtype=dtype, quantization_config=quantization_config)
     model = make(lm, tokenizer, config)
+    if record is not None and not is_quantized(lm) and record.digest not in (None, _base_digest(model)):
+        raise ModelError(
+            f"the adapters in {folder} were trained on another base than {str(source)!r} (its weights differ); "
+            "say where theirs is with base="
+        )
     try:
         missing, unexpected = model.load_state_dict({k: v.float() for k, v in own.items()}, strict=False)
     except RuntimeError as error:
@@ -108,13 +136,17 @@ def load(make: Callable[[PreTrainedModel, PreTrainedTokenizerBase, NuggetConfig]
     return model
 
 
-def save(model: Network, folder: Path | str, dtype: torch.dtype | None = None) -> None:
+def save(model: Network, folder: Path | str, dtype: torch.dtype | None = None, *, base: bool = True) -> None:
     """See `Nugget2D.save_pretrained`.
 
     Raises:
+        InputError: the base cannot be left out, or cannot be written.
         OutputError: `folder` is a file, cannot be made, or the disk is full.
     """
-    folder = Path(folder)
+    folder, lm = Path(folder), model.lm
+    if base and is_quantized(lm):
+        raise InputError("a quantized base cannot be written; save the adapters alone with base=False")
+    record = None if base else _record_of(model)
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -123,21 +155,59 @@ def save(model: Network, folder: Path | str, dtype: torch.dtype | None = None) -
             kept[tensor.data_ptr()] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
         return kept[tensor.data_ptr()]
 
-    own = _own_state(model)
-    base = {k.removeprefix(_LM): keep(v) for k, v in model.state_dict().items() if k.startswith(_LM) and k not in own}
-    base = {name.replace(".base_layer.", "."): tensor for name, tensor in base.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: keep(tensor) for name, tensor in own.items()}, folder / WEIGHTS_FILE)
-        model.lm.save_pretrained(folder / BASE_FOLDER, state_dict=base)
+        save_file({name: keep(tensor) for name, tensor in _own_state(model).items()}, folder / WEIGHTS_FILE)
+        if record is None:
+            state = {name: keep(tensor) for name, tensor in _base_state(model).items()}
+            lm.save_pretrained(folder / BASE_FOLDER, state_dict=state)
+            (folder / BASE_FILE).unlink(missing_ok=True)
+        else:
+            (folder / BASE_FILE).write_text(record.model_dump_json(indent=2) + "\n")
         model.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
         (folder / CONFIG_FILE).write_text(json.dumps(model.config.model_dump(), indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write model to {folder}: {error}") from error
 
 
+def is_quantized(lm: PreTrainedModel) -> bool:
+    """Whether `lm` was loaded with a `quantization_config`."""
+    return getattr(lm, "hf_quantizer", None) is not None
+
+
+class _BaseRecord(Frozen):
+    """Where the base is that adapters saved alone belong to; the digest of its weights, unless it was quantized."""
+
+    name: str
+    digest: str | None
+
+
+def _record_of(model: Network) -> _BaseRecord:
+    if model.config.adapters != "lora":
+        raise InputError("the base cannot be left out: with adapters='copies' it is the decoder; save with base=True")
+    name = model.lm.config.name_or_path
+    if not name:
+        raise InputError(
+            "this base was not loaded from a folder or hub id, so nothing could find it again; save with base=True"
+        )
+    # a folder by its full path: adapters are loaded from anywhere
+    name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    return _BaseRecord(name=name, digest=None if is_quantized(model.lm) else _base_digest(model))
+
+
+def _base_digest(model: Network) -> str:
+    return fingerprint("", _base_state(model), model.tokenizer).model
+
+
 _LM = "parameters_by_role.lm."
 _SHARED = "parameters_by_role.encoder."
+
+
+def _base_state(model: Network) -> dict[str, Tensor]:
+    """The weights of the LM under their own names, as if there were no adapters."""
+    own = _own_state(model)
+    state = {k: v for k, v in model.state_dict().items() if k.startswith(_LM) and k not in own}
+    return {name.removeprefix(_LM).replace(".base_layer.", "."): tensor for name, tensor in state.items()}
 
 
 def _own_state(model: Network) -> dict[str, Tensor]:

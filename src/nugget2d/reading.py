@@ -45,21 +45,23 @@ def segment_nuggets(model: Network, rows: Sequence[SegmentRef]) -> Nuggets:
     )
 
 
-def text_nuggets(model: Network, memory: Memory) -> tuple[Nuggets, int]:
+def text_nuggets(model: Network, memory: Memory, room: int = 0) -> tuple[Nuggets, int]:
     """A memory as one row to go on from, every segment's keys rotated to where it stands, and the position after it.
 
     Positions beyond those of training make any model talk nonsense, so of a longer memory only the last segments are
-    read, the first of them at position 0.
+    read, the first of them at position 0. `room` more positions will be needed: of a model whose positions end, fewer
+    segments may be read.
 
     Warns:
-        ContextWarning: the memory stands for more tokens than `config.context`.
+        ContextWarning: the memory stands for more tokens than `config.context`, or than there is room for.
     """
     memory.require(model.fingerprint)
-    first = _first_within(memory, model.config.context)
+    limit = model.config.context if model.reach is None else min(model.config.context, model.reach - room)
+    first = _first_within(memory, limit)
     if first:
         warnings.warn(
             f"the memory stands for {memory.num_tokens:,} tokens, model {model.config.name!r} goes on from "
-            f"{model.config.context:,} at most: only the last {len(memory.segments) - first} of its "
+            f"{limit:,} at most: only the last {len(memory.segments) - first} of its "
             f"{len(memory.segments)} segments are read",
             ContextWarning,
             stacklevel=4,
@@ -180,9 +182,9 @@ def score(model: Network, text: str, memory: Memory | None) -> float:
     """See `Nugget2D.score`."""
     ids = model.ids(text)
     if memory is not None:
-        nuggets, end = text_nuggets(model, memory)
         if not ids.numel():
             raise InputError("nothing to score: the text is empty")
+        nuggets, end = text_nuggets(model, memory, room=ids.shape[1])
         logits = model.decode(nuggets, ids[:, :-1], prompt="continue", start=end)
         return float(token_losses(logits, ids).mean())
     if model.start_token is not None:

@@ -1,7 +1,9 @@
-"""Which language models can be wrapped; the others are refused at load, with the reason."""
+"""Which language models can be wrapped, and how far their positions reach; the others are refused, with the reason."""
 
 import inspect
+from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from nugget2d.config import NuggetConfig
@@ -14,13 +16,15 @@ def check_supported(lm: PreTrainedModel, config: NuggetConfig) -> None:
     """Refuse a model whose cache could not be cut down to chosen tokens.
 
     Raises:
-        ModelError: not a decoder-only LM, sliding-window or state-space layers, or rotary frequencies that depend on
-            the length of the input.
+        ModelError: not a decoder-only LM; state-space layers, or others that mix tokens; sliding windows or a table of
+            positions too short for `config`; rotary frequencies that depend on the length of the input.
     """
     name = type(lm).__name__
     text = lm.config.get_text_config(decoder=True)
     if lm.config.is_encoder_decoder or not lm.can_generate():
         raise ModelError(f"{name} is not a decoder-only language model; use a causal LM")
+    if text is not lm.config:
+        raise ModelError(f"{name} is more than a language model; load its text part alone, e.g. as *ForCausalLM")
     accepts = inspect.signature(lm.forward).parameters
     if getattr(lm, "_is_stateful", False) or not {"past_key_values", "position_ids", "inputs_embeds"} <= set(accepts):
         raise ModelError(
@@ -31,21 +35,85 @@ def check_supported(lm: PreTrainedModel, config: NuggetConfig) -> None:
         raise ModelError(
             f"{name} uses ALiBi, which counts cache slots instead of positions; nuggets would be misplaced"
         )
-    others = set(getattr(text, "layer_types", None) or []) - {"full_attention"}
-    if not getattr(text, "layer_types", None) and getattr(text, "sliding_window", None):
-        others = {"sliding_attention"}
+    if "reuse" in (getattr(text, "kv_sharing_modes", None) or []) or getattr(text, "num_kv_shared_layers", None):
+        raise ModelError(f"{name} has layers that share the keys of others; a nugget needs its own at every layer")
+    others = _layer_types(text) - {"full_attention", "sliding_attention"}
     if others:
         raise ModelError(
-            f"{name} has layers of type {', '.join(sorted(others))}, whose cache drops or mixes tokens by slot; "
-            "only full attention can read nuggets"
+            f"{name} has layers of type {', '.join(sorted(others))}, whose cache mixes tokens or drops them by slot; "
+            "only attention layers can read nuggets"
         )
-    rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") in _LENGTH_DEPENDENT:
+    _check_reach(lm, config)
+    for kind in _rope_types(text) & _LENGTH_DEPENDENT:
         raise ModelError(
-            f"{name} uses {rope['rope_type']} rotary embeddings, whose frequencies change with the length of the "
+            f"{name} uses {kind} rotary embeddings, whose frequencies change with the length of the "
             "input, so stored keys would not fit; set another rope_type"
         )
     if config.scorer_layer > text.num_hidden_layers:
         raise ModelError(
             f"scorer_layer is {config.scorer_layer}, but {name} has {text.num_hidden_layers} layers; lower it"
         )
+
+
+def sliding_window(lm: PreTrainedModel) -> int | None:
+    """How many tokens the sliding-window layers of `lm` see, the current one included; None without such layers."""
+    text = lm.config.get_text_config(decoder=True)
+    return text.sliding_window if "sliding_attention" in _layer_types(text) else None
+
+
+def position_table(lm: PreTrainedModel) -> int | None:
+    """How many positions `lm` has vectors for; None for rotary models, which compute them."""
+    if find_rotary(lm) is not None:
+        return None
+    return getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def fitting_fields(lm: PreTrainedModel) -> dict[str, int]:
+    """Fields for a fresh `NuggetConfig`: the published ones, or as much as `lm` allows."""
+    published = NuggetConfig()
+    longest = getattr(lm.config, "max_position_embeddings", None) or published.window
+    hard = [limit for limit in (sliding_window(lm), position_table(lm)) if limit is not None]
+    # half: so that what is read still has room after a full segment, or, rewound, beside its nuggets
+    return {
+        "window": min([published.window, longest, *(limit // 2 for limit in hard)]),
+        "context": min([longest, *hard]),
+        "scorer_layer": min(published.scorer_layer, getattr(lm.config, "num_hidden_layers", published.scorer_layer)),
+    }
+
+
+def find_rotary(lm: nn.Module) -> nn.Module | None:
+    """The module that computes a model's rotary angles, shared by all its layers."""
+    return next((module for name, module in lm.named_modules() if name.split(".")[-1] == "rotary_emb"), None)
+
+
+def _check_reach(lm: PreTrainedModel, config: NuggetConfig) -> None:
+    """A window of W tokens is full attention as long as fewer than W slots are read, whatever positions they hold.
+
+    Going on after a text never has more slots than positions; reconstruction, which rewinds, puts a segment's tokens
+    beside its nuggets: up to twice `config.window`. Anything longer would be cut by cache slot instead of position.
+    """
+    name, window, table = type(lm).__name__, sliding_window(lm), position_table(lm)
+    if window is not None and (2 * config.window > window or config.context > window):
+        raise ModelError(
+            f"{name} has sliding_attention layers that see {window} tokens, which drop nuggets by cache slot instead "
+            f"of position: it can be used with window up to {window // 2} and context up to {window}, "
+            f"got {config.window} and {config.context}"
+        )
+    if table is not None and max(config.window, config.context) > table:
+        raise ModelError(
+            f"{name} has {table} positions: window ({config.window}) and context ({config.context}) cannot be longer"
+        )
+
+
+def _layer_types(text: Any) -> set[str]:
+    if "local" in (getattr(text, "attention_layers", None) or []):
+        return {"local"}
+    if types := getattr(text, "layer_types", None):
+        return set(types)
+    return {"sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"}
+
+
+def _rope_types(text: Any) -> set[str]:
+    """One for all layers, or one for each type of layer."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    return {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}

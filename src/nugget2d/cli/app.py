@@ -15,6 +15,7 @@ from nugget2d import __version__
 from nugget2d.cli.bench import bench
 from nugget2d.cli.compress import compress
 from nugget2d.cli.demo import demo
+from nugget2d.cli.doctor import doctor
 from nugget2d.cli.generate import generate
 from nugget2d.cli.inspect import inspect
 from nugget2d.cli.reconstruct import reconstruct
@@ -62,7 +63,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compress long texts into small memories (nuggets) that a language model reads back.",
 )
-for command in (compress, reconstruct, generate, inspect, train, demo):
+for command in (compress, reconstruct, generate, inspect, train, demo, doctor):
     app.command()(command)
 app.add_typer(bench)
 

@@ -38,17 +38,27 @@ def load_model(name: str) -> "Nugget2D":
     Raises:
         ModelError: there is no such model, or its files are incomplete.
     """
+    with loading(name):
+        import torch
+
+        from nugget2d import Nugget2D
+
+        return Nugget2D.from_pretrained(name, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Torch imported, the libraries below silent, and a sign on the terminal that `name` is being loaded."""
     _quieten()
     with Console(stderr=True).status(Text(f"loading model {name}")):
         with safe_to_interrupt():
-            import torch
             from transformers.utils import logging
 
-            from nugget2d import Nugget2D
+            from nugget2d import Nugget2D  # noqa: F401 - with torch
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        return Nugget2D.from_pretrained(name, device="cuda" if torch.cuda.is_available() else "cpu")
+        yield
 
 
 def load_reader(memory: "Memory", name: str | None) -> "Nugget2D":

@@ -7,7 +7,6 @@ from rich.console import Console
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from nugget2d.config import NuggetConfig
 from nugget2d.errors import RecipeError
 from nugget2d.model import Nugget2D
 from nugget2d.pretrained import load_base
@@ -126,7 +125,9 @@ def make_lm(shape: ShapeConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForC
 def _wrap(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stage: CompressStage, train: Pack
 ) -> Nugget2D:
-    config = NuggetConfig(
+    model = Nugget2D.from_base(
+        lm,
+        tokenizer,
         name=recipe.name,
         adapters=stage.adapters,
         lora_rank=stage.lora_rank,
@@ -135,7 +136,6 @@ def _wrap(
         window=stage.longest_window,
         context=stage.longest_context,
     )
-    model = Nugget2D(lm, tokenizer, config)
     if stage.addressing:
-        address_slots(model, train.spread(32, min(config.window, 128)).to(model.device))
+        address_slots(model, train.spread(32, min(model.config.window, 128)).to(model.device))
     return model
