@@ -1,7 +1,7 @@
 """Mean pooling: the memory is the mean of the keys and values of each stretch of the text.
 
-The simplest memory with as many entries as nuggets ("Simple Context Compression", arXiv 2510.20797, which pools the last
-hidden states; here what a decoder attends to is pooled, at every layer, so that both memories are read alike).
+The simplest memory with as many entries as nuggets ("Simple Context Compression", arXiv 2510.20797, pools last hidden
+states; here what a decoder attends to is pooled, at every layer, so that both memories are read alike).
 """
 
 from collections.abc import Sequence

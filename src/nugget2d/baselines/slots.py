@@ -22,15 +22,16 @@ class SlotMemory(Baseline):
     """`config.window` slots, so many as a window could ask for at most.
 
     Every slot sees the whole text, and the slots before it. Their POSITIONS are those that evenly chosen nuggets would
-    have (ICAE: after the text), so that a decoder still finds a token at a fixed distance from the slot that carries it;
-    addressing and the read-out loss then work as they do for nuggets.
+    have (ICAE: after the text), so that a decoder still finds a token at a fixed distance from the slot that carries
+    it; addressing and the read-out loss then work as they do for nuggets.
     """
 
     def __init__(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: NuggetConfig) -> None:
         """Draw the slots like tokens of the vocabulary."""
         super().__init__(lm, tokenizer, config)
-        words = lm.get_input_embeddings().weight.detach().float()
-        self.slots = nn.Parameter(words.mean(0) + torch.randn(config.window, words.shape[1]).to(words) * words.std())
+        words = self._embeddings.weight.detach().float()
+        noise = torch.randn(config.window, words.shape[1]).to(words)
+        self.slots = nn.Parameter(words.mean(0) + noise * words.std())
 
     def small_parameters(self) -> list[nn.Parameter]:
         """Soft prompts, flag and slots."""
@@ -46,7 +47,7 @@ class SlotMemory(Baseline):
         generator: torch.Generator | None = None,
         scores: Tensor | None = None,
     ) -> Encoded:
-        """See `Network.encode`; `selection` has nothing to say, `index` are the tokens at whose positions slots stand."""
+        """See `Network.encode`; `selection` has no say, `index` are the tokens at whose positions slots stand."""
         index, valid = select("even", ids, lengths, counts)
         count, length = index.shape[1], ids.shape[1]
         number = (valid.cumsum(1) - 1).clamp(min=0)  # memories are left-padded: a row's first slot need not be column 0

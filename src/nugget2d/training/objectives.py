@@ -53,8 +53,8 @@ def distill_loss(
 ) -> Tensor:
     """Continuation that learns from the base, which sees the whole context, instead of from the text that follows.
 
-    Mean of forward and reverse Kullback-Leibler divergence of the predictions (KV-Distill, arXiv 2503.10337). No gradient
-    reaches the teacher; with copies it is the decoder's own weights, so `lm` must be trained beside it.
+    Mean of forward and reverse Kullback-Leibler divergence of the predictions (KV-Distill, arXiv 2503.10337). No
+    gradient reaches the teacher; with copies it is the decoder's own weights, so `lm` must be trained beside it.
     """
     student = _continuation(model, ids, segments, length, count, selection, generator).float().log_softmax(-1)
     with torch.no_grad():

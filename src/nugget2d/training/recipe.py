@@ -111,8 +111,8 @@ class Phase(Frozen):
             whole context, "lm" is plain language modelling.
         windows: segment lengths in tokens.
         selections: policies; None takes the stage's own `selection` alone.
-        segments: plain LM and the contexts of continuation (or distillation) are 1 .. `segments` windows long; a context is compressed
-            window by window and joined.
+        segments: plain LM and the contexts of continuation and distillation are 1 .. `segments` windows long; a context
+            is compressed window by window and joined.
     """
 
     start: float = Field(default=0.0, ge=0, lt=1, alias="from")
