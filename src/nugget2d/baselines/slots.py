@@ -23,7 +23,8 @@ class SlotMemory(Baseline):
 
     Every slot sees the whole text, and the slots before it. Their POSITIONS are those that evenly chosen nuggets would
     have (ICAE: after the text), so that a decoder still finds a token at a fixed distance from the slot that carries
-    it; addressing and the read-out loss then work as they do for nuggets.
+    it; addressing and the read-out loss then work as they do for nuggets. Slots after the text learned
+    nothing in as many tokens (docs/LOG.md).
     """
 
     def __init__(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: NuggetConfig) -> None:
