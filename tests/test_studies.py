@@ -86,7 +86,7 @@ def test_a_study_interrupted_failing_and_finished(tmp_path: Path, monkeypatch: p
     log = interrupt_after(3, plain, home, out, monkeypatch)
     before = log.read_text().splitlines()
 
-    with pytest.raises(RecipeError, match=r"arm 'bad', seed 0 failed: .*adapters: copies"):
+    with pytest.raises(RecipeError, match=r"arm 'bad', seed 0 ended with status 1: .*adapters: copies"):
         run_study(path, out, jobs=3)
     after = log.read_text().splitlines()
     assert (len(before), len(after)) == (3, 8)

@@ -32,8 +32,8 @@ class _Running:
     line: TaskID
 
 
-def run_arms(study: Path, out: Path, arms: Sequence[Arm], jobs: int) -> Iterator[tuple[Arm, Path]]:
-    """Run `arms` of the study file, `jobs` at a time; yields each arm that ended, with what it printed."""
+def run_arms(study: Path, out: Path, arms: Sequence[Arm], jobs: int) -> Iterator[tuple[Arm, int, Path]]:
+    """Run `arms` of the study file, `jobs` at a time; yields each that ended, its exit status and what it printed."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -53,12 +53,12 @@ def run_arms(study: Path, out: Path, arms: Sequence[Arm], jobs: int) -> Iterator
                 for one in list(running):
                     records = last_records(one.arm.folder(out))
                     bar.update(one.line, completed=sum(record["tokens"] for record in records))
-                    if one.process.poll() is None:
+                    if (status := one.process.poll()) is None:
                         continue
                     running.remove(one)
                     bar.remove_task(one.line)
                     bar.advance(whole)
-                    yield one.arm, one.output
+                    yield one.arm, status, one.output
         finally:
             for one in running:  # interrupted: each goes on from its checkpoint next time
                 one.process.terminate()

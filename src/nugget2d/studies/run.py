@@ -32,10 +32,10 @@ def run_study(path: Path, out: Path, jobs: int) -> list[dict[str, Any]]:
         return results
 
     failed = []
-    for arm, output in run_arms(path, out, waiting, jobs):
+    for arm, status, output in run_arms(path, out, waiting, jobs):
         if finished(arm, out) is None:
             last = (output.read_text(errors="replace").strip() or "no message").splitlines()[-1]
-            failed.append(f"arm {arm.name!r}, seed {arm.seed} failed: {last} (all of it in {output})")
+            failed.append(f"arm {arm.name!r}, seed {arm.seed} ended with status {status}: {last} (see {output})")
         report()
     if failed:
         raise RecipeError("; ".join(failed))
