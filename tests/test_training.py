@@ -2,6 +2,7 @@
 
 import json
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import tiny
 from nugget2d import Nugget2D
 from nugget2d.errors import RecipeError
 from nugget2d.training.corpus import Pack, documents, make_pack
+from nugget2d.training.objectives import continue_loss, recomputed
 from nugget2d.training.recipe import OptimConfig, RatioConfig, Source, load_recipe
-from nugget2d.training.run import train
+from nugget2d.training.run import fit_recipe, train
 from nugget2d.training.schedule import choose, learning_rate_factor, sample_ratio
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -184,6 +187,32 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
     second = train(plain, out=tmp_path / "recomputed")
     log = Path("compress") / "log.jsonl"
     assert losses(second / log) == pytest.approx(losses(first / log), abs=1e-3)
+
+
+def test_recomputation_draws_the_same_random_nuggets() -> None:
+    def gradient(run: Callable[..., torch.Tensor]) -> torch.Tensor:
+        model, generator = tiny.trained("llama", "copies"), torch.Generator().manual_seed(3)
+        run(continue_loss, model, tiny.random_ids(2, 32), 1, 24, 4, "random", generator).backward()
+        return model.flag.grad
+
+    plain = gradient(lambda loss, *arguments: loss(*arguments))
+    assert torch.allclose(gradient(recomputed), plain, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rate", "frozen"), [(0, True), (3e-3, False)])
+def test_a_rate_of_zero_freezes_the_scorer(tmp_path: Path, rate: float, frozen: bool) -> None:
+    content = yaml.safe_load(small_recipe(tmp_path, pretrain=None).read_text())
+    phases = [{"objectives": {"reconstruct": 1}, "windows": {32: 1}}]
+    scorers = []
+    for steps in (1, 4):
+        content["compress"] |= {"tokens": 256 * steps, "selection": "learned", "phases": phases}
+        content["compress"]["optim"] = {"lr": 4e-3, "scorer_lr": rate, "warmup_steps": 0}
+        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
+        recipe = load_recipe(tmp_path / "tiny.yaml")
+        model = fit_recipe(recipe, tmp_path, tmp_path / f"{steps}", pack=tmp_path / "pack")
+        assert model is not None
+        scorers.append(model.scorer.output.weight)
+    assert torch.equal(*scorers) == frozen
 
 
 def test_a_compressor_on_a_base_of_ones_own(tmp_path: Path) -> None:

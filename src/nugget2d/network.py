@@ -12,7 +12,7 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from nugget2d.cache import AllCollected, CollectingCache, KeyRotation, Nuggets, gather_nuggets, reading_mask
 from nugget2d.config import NuggetConfig, SelectionName
@@ -80,6 +80,10 @@ class Network(nn.Module):
     def _embeddings(self) -> nn.Embedding:
         return cast(nn.Embedding, self.lm.get_input_embeddings())
 
+    def small_parameters(self) -> list[nn.Parameter]:
+        """What both roles' weights and the scorer leave: soft prompts and flag."""
+        return [*self.prompts.parameters(), *([] if self.flag is None else [self.flag])]
+
     def embed(self, ids: Tensor) -> Tensor:
         """(B, n) ids -> (B, n, d) input embeddings."""
         return self._embeddings(ids)
@@ -130,20 +134,38 @@ class Network(nn.Module):
             # added, not assigned: a padded slot points at token 0 and must not un-choose it
             chosen = torch.zeros_like(ids).scatter_add(1, index, valid.long()).bool()
             embeds = embeds + chosen[..., None] * self.flag.to(embeds.dtype)
-        cache = CollectingCache(config=self.lm.config)
-        with self.parameters_by_role.role("encoder") as body, suppress(AllCollected):
-            body(
-                inputs_embeds=embeds,
-                attention_mask=torch.ones_like(ids),
-                position_ids=torch.arange(ids.shape[1], device=ids.device)[None].expand_as(ids),
-                past_key_values=cache,
-                use_cache=True,
-            )
+        cache = self.encoder_states(embeds)
         bias = None
         if scores is not None and scores.requires_grad:
             picked = scores.gather(1, index)
             bias = picked - picked.detach()
         return Encoded(gather_nuggets(cache, index, valid, bias), index, valid)
+
+    def encoder_states(
+        self, embeds: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> DynamicCache:
+        """Keys and values of every layer, of all inputs, from one causal pass of the encoder.
+
+        Args:
+            embeds: (B, n, d) input embeddings.
+            mask: (B, n), 0 for inputs that no other sees; None shows all.
+            positions: (B, n); None counts from 0.
+        """
+        batch, length = embeds.shape[:2]
+        cache = CollectingCache(config=self.lm.config)
+        if mask is None:
+            mask = torch.ones(batch, length, dtype=torch.long, device=embeds.device)
+        if positions is None:
+            positions = torch.arange(length, device=embeds.device).expand(batch, length)
+        with self.parameters_by_role.role("encoder") as body, suppress(AllCollected):
+            body(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return cache
 
     def decode(
         self, nuggets: Nuggets | None, ids: Tensor, *, prompt: PromptName | None, start: int | Tensor = 0

@@ -69,7 +69,8 @@ def _flag_contrast(model: Network, projection: nn.Module, direction: Tensor, ids
     batch, length = ids.shape
     count = max(1, length // 16)
     try:
-        model.encode(ids, [length] * batch, [count] * batch, selection="even")
+        # as nuggets, whatever memory this model makes
+        Network.encode(model, ids, [length] * batch, [count] * batch, selection="even")
     finally:
         hook.remove()
     along = caught[0] @ direction

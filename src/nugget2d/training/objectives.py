@@ -5,6 +5,7 @@ All take (B, n) ids on the model's device and return mean nats per token.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,13 +38,47 @@ def continue_loss(
 ) -> Tensor:
     """Continuation: `segments` windows of `length` tokens are compressed one by one to `count` nuggets each and joined;
     predict what follows them."""
+    logits = _continuation(model, ids, segments, length, count, selection, generator)
+    return token_losses(logits, ids[:, segments * length :]).mean()
+
+
+def distill_loss(
+    model: Network,
+    ids: Tensor,
+    segments: int,
+    length: int,
+    count: int,
+    selection: SelectionName,
+    generator: torch.Generator,
+) -> Tensor:
+    """Continuation that learns from the base, which sees the whole context, instead of from the text that follows.
+
+    Mean of forward and reverse Kullback-Leibler divergence of the predictions (KV-Distill, arXiv 2503.10337). No
+    gradient reaches the teacher; with copies it is the decoder's own weights, so `lm` must be trained beside it.
+    """
+    student = _continuation(model, ids, segments, length, count, selection, generator).float().log_softmax(-1)
+    with torch.no_grad():
+        teacher = model.decode(None, ids[:, :-1], prompt=None)[:, segments * length - 1 :].float().log_softmax(-1)
+    difference = teacher - student
+    return 0.5 * (difference * (teacher.exp() - student.exp())).sum(-1).mean()
+
+
+def _continuation(
+    model: Network,
+    ids: Tensor,
+    segments: int,
+    length: int,
+    count: int,
+    selection: SelectionName,
+    generator: torch.Generator,
+) -> Tensor:
+    """(B, n - segments * length, V): what the decoder predicts after the joined memories of the segments."""
     batch = len(ids)
     context, target = ids[:, : segments * length], ids[:, segments * length :]
     rows = context.reshape(batch * segments, length)
     encoded = model.encode(rows, [length] * len(rows), [count] * len(rows), selection=selection, generator=generator)
     nuggets = join_rows(model, encoded.nuggets, batch, segments, length)
-    logits = model.decode(nuggets, target[:, :-1], prompt="continue", start=segments * length)
-    return token_losses(logits, target).mean()
+    return model.decode(nuggets, target[:, :-1], prompt="continue", start=segments * length)
 
 
 def lm_loss(model: Network, ids: Tensor) -> Tensor:
@@ -67,10 +102,17 @@ def join_rows(model: Network, nuggets: Nuggets, batch: int, segments: int, lengt
     return replace(nuggets, keys=[merge(k) for k in keys], values=[merge(v) for v in nuggets.values], bias=bias)
 
 
-def recomputed(loss: Callable[..., Tensor], *arguments: object) -> Tensor:
+def recomputed(loss: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """`loss(*arguments)` keeping no activations: the whole pass runs again in the backward pass.
 
     The encoder's keys and values are inside, so nothing is lost (per-layer checkpointing inside transformers drops the
-    cache).
+    cache). The last argument is the generator, which must draw the same nuggets again.
     """
-    return checkpoint(loss, *arguments, use_reentrant=False)
+    generator: torch.Generator = arguments[-1]
+    state = generator.get_state()
+
+    def run() -> Tensor:
+        generator.set_state(state)
+        return loss(*arguments)
+
+    return checkpoint(run, use_reentrant=False)

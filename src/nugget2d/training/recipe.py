@@ -4,7 +4,7 @@ Paths are relative to the recipe's own folder. Unknown keys, wrong types and imp
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -55,7 +55,10 @@ class ShapeConfig(Frozen):
 
 
 class OptimConfig(Frozen):
-    """AdamW (fused on CUDA): linear warm-up, constant, then linear decay to zero over the last `decay` of the run."""
+    """AdamW (fused on CUDA): linear warm-up, constant, then linear decay to zero over the last `decay` of the run.
+
+    `scorer_lr: 0` freezes the scorer as it was drawn: a control for what learning to select is worth.
+    """
 
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.98)
@@ -63,7 +66,7 @@ class OptimConfig(Frozen):
     clip: float = Field(default=1.0, gt=0)
     warmup_steps: int = Field(default=50, ge=0)
     decay: float = Field(default=0.4, ge=0, le=1)
-    scorer_lr: float = Field(3e-4, gt=0)
+    scorer_lr: float = Field(3e-4, ge=0)
 
 
 class Stage(Frozen):
@@ -95,11 +98,8 @@ class PretrainStage(Stage):
     window: int = Field(default=128, ge=8)
 
 
-Objective = Literal["reconstruct", "uniform", "continue", "lm"]
-
-
-def _only_even() -> dict[SelectionName, float]:
-    return {"even": 1.0}
+Objective = Literal["reconstruct", "uniform", "continue", "distill", "lm"]
+MemoryKind = Literal["nuggets", "pooled", "slots", "part"]
 
 
 class Phase(Frozen):
@@ -107,17 +107,18 @@ class Phase(Frozen):
 
     Attributes:
         objectives: "reconstruct" is autoencoding of text, "uniform" of tokens drawn evenly from the vocabulary (text
-            shows rare tokens too seldom), "continue" goes on from memories, "lm" is plain language modelling.
+            shows rare tokens too seldom), "continue" goes on from memories, "distill" does so as the LM would from the
+            whole context, "lm" is plain language modelling.
         windows: segment lengths in tokens.
-        selections: policies.
-        segments: plain LM and the contexts of continuation are 1 .. `segments` windows long; a context is compressed
-            window by window and joined.
+        selections: policies; None takes the stage's own `selection` alone.
+        segments: plain LM and the contexts of continuation and distillation are 1 .. `segments` windows long; a context
+            is compressed window by window and joined.
     """
 
     start: float = Field(default=0.0, ge=0, lt=1, alias="from")
     objectives: dict[Objective, Annotated[float, Field(gt=0)]] = Field(min_length=1)
     windows: dict[Annotated[int, Field(ge=8)], Annotated[float, Field(gt=0)]] = Field(min_length=1)
-    selections: dict[SelectionName, Annotated[float, Field(gt=0)]] = Field(default_factory=_only_even, min_length=1)
+    selections: dict[SelectionName, Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
     segments: int = Field(default=1, ge=1)
 
 
@@ -145,6 +146,9 @@ class CompressStage(Stage):
 
     Attributes:
         base: folder or hub id of the LM; None takes the recipe's own, pre-trained or from scratch.
+        memory: what a text becomes: nuggets, or a baseline for studies (see nugget2d.baselines).
+        memory_layers: the layers, from 0, that memory "part" keeps.
+        flag: add a learned vector to the input embedding of nuggets.
         phases: what is trained when; the first starts at 0.
         target: tokens to predict in continuation.
         readout: weight of the slot read-out loss (readout.py); 0 turns it off.
@@ -157,6 +161,9 @@ class CompressStage(Stage):
     lora_rank: int = Field(default=32, ge=1)
     scorer_layer: int = Field(default=1, ge=0)
     selection: SelectionName = "even"
+    memory: MemoryKind = "nuggets"
+    memory_layers: tuple[int, ...] = ()
+    flag: bool = True
     phases: tuple[Phase, ...] = Field(min_length=1)
     ratios: RatioConfig = RatioConfig()
     target: int = Field(default=64, ge=1)
@@ -169,6 +176,8 @@ class CompressStage(Stage):
         starts = [phase.start for phase in self.phases]
         if starts[0] or starts != sorted(set(starts)):
             raise ValueError(f"`phases` must begin with `from: 0` and go up, got {starts}")
+        if bool(self.memory_layers) != (self.memory == "part"):
+            raise ValueError("give `memory_layers`, the layers to keep, with `memory: part` and with nothing else")
         if self.adapters == "lora" and any("lm" in phase.objectives for phase in self.phases):
             raise ValueError("a frozen base cannot learn plain LM: leave `lm` out of the objectives, or use copies")
         return self
@@ -219,6 +228,15 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: unreadable, not YAML, or a wrong key or value, named with the remedy.
     """
+    return validated(Recipe, read_mapping(path), str(path))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        RecipeError: unreadable, not YAML, or not a mapping.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -227,18 +245,30 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must be a mapping of keys; see recipes/smoke.yaml")
+    return content
+
+
+S = TypeVar("S", bound=Frozen)
+
+
+def validated(schema: type[S], content: dict[str, Any], where: str) -> S:
+    """`content` as a record of `schema`; `where` begins the message of an error.
+
+    Raises:
+        RecipeError: a wrong key or value, named with the remedy.
+    """
     try:
-        return Recipe.model_validate(content)
+        return schema.model_validate(content)
     except ValidationError as error:
-        raise RecipeError(f"{path}: " + "; ".join(_explain(item) for item in error.errors())) from error
+        raise RecipeError(f"{where}: " + "; ".join(_explain(item) for item in error.errors())) from error
 
 
 def _explain(item: Any) -> str:
     """One validation error as 'key: what is wrong, and the remedy'."""
-    key = ".".join(map(str, item["loc"])) or "recipe"
+    key = ".".join(map(str, item["loc"]))
     if item["type"] == "extra_forbidden":
         return f"unknown key `{key}`; remove it or correct its spelling"
     if item["type"] == "missing":
         return f"missing key `{key}`; add it"
     message = item["msg"].removeprefix("Value error, ")
-    return message if key == "recipe" else f"`{key}` is {item['input']!r:.60}: {message}"
+    return f"`{key}` is {item['input']!r:.60}: {message}" if key else message

@@ -7,14 +7,24 @@ from rich.console import Console
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from nugget2d.baselines.part import PartMemory
+from nugget2d.baselines.pooled import PooledMemory
+from nugget2d.baselines.slots import SlotMemory
 from nugget2d.errors import RecipeError
 from nugget2d.model import Nugget2D
 from nugget2d.pretrained import load_base
 from nugget2d.training.addressing import address_slots
 from nugget2d.training.corpus import Pack, make_pack
 from nugget2d.training.loop import fit
-from nugget2d.training.recipe import CompressStage, Recipe, ShapeConfig, load_recipe
+from nugget2d.training.recipe import CompressStage, MemoryKind, Recipe, ShapeConfig, load_recipe
 from nugget2d.training.tasks import CompressTask, PretrainTask
+
+MEMORIES: dict[MemoryKind, type[Nugget2D]] = {
+    "nuggets": Nugget2D,
+    "pooled": PooledMemory,
+    "slots": SlotMemory,
+    "part": PartMemory,
+}
 
 
 def train(recipe_path: Path, *, out: Path | None = None, fresh: bool = False) -> Path:
@@ -32,30 +42,59 @@ def train(recipe_path: Path, *, out: Path | None = None, fresh: bool = False) ->
         RecipeError: the recipe or its data is wrong; the message names the key and the remedy.
     """
     recipe = load_recipe(recipe_path)
+    if recipe.compress is not None and recipe.compress.memory != "nuggets":
+        raise RecipeError(
+            f"`memory: {recipe.compress.memory}` is a baseline that cannot be saved; train it in a study "
+            "(benchmarks/studies.py)"
+        )
     home = recipe_path.parent
     folder = out or home / recipe.out
+    model = fit_recipe(recipe, home, folder, pack=folder / "pack", fresh=fresh)
+    if model is not None:
+        model.save_pretrained(folder / "model", dtype=torch.bfloat16)
+    return folder
+
+
+def fit_recipe(recipe: Recipe, home: Path, folder: Path, *, pack: Path, fresh: bool = False) -> Nugget2D | None:
+    """Run every stage of a recipe whose paths are relative to `home`; returns the compressor, if it trains one.
+
+    Args:
+        recipe: what to train.
+        home: the recipe's own folder.
+        folder: gets `pretrain/`, `compress/` and `base/` as in `train`.
+        pack: where the data pack lies, or is made.
+        fresh: start over, ignoring checkpoints.
+
+    Raises:
+        RecipeError: the recipe or its data is wrong; the message names the key and the remedy.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(recipe.seed)
-    base = None if recipe.compress is None else recipe.compress.base
-    if base is not None and (home / base).is_dir():
-        base = str(home / base)
     console = Console(stderr=True)
     console.print(f"{recipe.name}: {device}, results in {folder}")
-    tokenizer = make_pack(folder / "pack", recipe.data, home, recipe.tokenizer, base)
-    packs = Pack(folder / "pack" / "train.bin"), Pack(folder / "pack" / "held_out.bin")
+    tokenizer = prepare_pack(recipe, home, pack)
+    packs = Pack(pack / "train.bin"), Pack(pack / "held_out.bin")
     console.print(f"{len(packs[0]):,} training tokens, {len(packs[1]):,} held out")
-    lm = _language_model(recipe, folder, tokenizer, packs, base, device, fresh)
-    if device == "cpu":
-        # 15 % faster to train than sdpa, whose CPU kernel has no fast backward pass
-        lm.set_attn_implementation("eager")
-    if recipe.compress is not None:
-        model = _wrap(lm, tokenizer, recipe, recipe.compress, packs[0])
-        if device == "cuda":
-            compile_blocks(model.parameters_by_role)
-        task = CompressTask(model.to(device), recipe.compress, *packs)
-        fit(task, folder / "compress", seed=recipe.seed, save_minutes=recipe.save_minutes, fresh=fresh)
-        model.eval().save_pretrained(folder / "model", dtype=torch.bfloat16)
-    return folder
+    lm = _language_model(recipe, folder, tokenizer, packs, _base(recipe, home), device, fresh)
+    if recipe.compress is None:
+        return None
+    model = _wrap(lm, tokenizer, recipe, recipe.compress, packs[0])
+    if device == "cuda":
+        compile_blocks(model.parameters_by_role)
+    task = CompressTask(model.to(device), recipe.compress, *packs)
+    fit(task, folder / "compress", seed=recipe.seed, save_minutes=recipe.save_minutes, fresh=fresh)
+    return model.eval()
+
+
+def prepare_pack(recipe: Recipe, home: Path, pack: Path) -> PreTrainedTokenizerBase:
+    """Make (or reuse) the data pack of a recipe whose paths are relative to `home`; returns its tokenizer."""
+    return make_pack(pack, recipe.data, home, recipe.tokenizer, _base(recipe, home))
+
+
+def _base(recipe: Recipe, home: Path) -> str | None:
+    """The folder or hub id of a base of one's own."""
+    base = None if recipe.compress is None else recipe.compress.base
+    return str(home / base) if base is not None and (home / base).is_dir() else base
 
 
 def _language_model(
@@ -68,11 +107,15 @@ def _language_model(
     fresh: bool,
 ) -> PreTrainedModel:
     if base is not None:
-        return load_base(base)[0]
-    if recipe.model is None:
+        lm, _ = load_base(base)
+    elif recipe.model is not None:
+        lm = make_lm(recipe.model, tokenizer)
+        nn.Module.to(lm, device)
+    else:
         raise RecipeError("give `model` or `compress.base`")
-    lm = make_lm(recipe.model, tokenizer)
-    nn.Module.to(lm, device)
+    if device == "cpu":
+        # 15 % faster to train than sdpa, whose CPU kernel has no fast backward pass
+        lm.set_attn_implementation("eager")
     if recipe.pretrain is None:
         return lm
     if device == "cuda":
@@ -125,7 +168,7 @@ def make_lm(shape: ShapeConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForC
 def _wrap(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stage: CompressStage, train: Pack
 ) -> Nugget2D:
-    model = Nugget2D.from_base(
+    model = MEMORIES[stage.memory].from_base(
         lm,
         tokenizer,
         name=recipe.name,
@@ -135,7 +178,10 @@ def _wrap(
         selection=stage.selection,
         window=stage.longest_window,
         context=stage.longest_context,
+        flag=stage.flag,
     )
+    if isinstance(model, PartMemory):
+        model.keep(stage.memory_layers)
     if stage.addressing:
         address_slots(model, train.spread(32, min(model.config.window, 128)).to(model.device))
     return model

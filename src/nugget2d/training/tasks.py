@@ -7,20 +7,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nugget2d.config import SelectionName
-from nugget2d.evaluation.teacher_forced import (
-    continuation_loss,
-    copy_span_profile,
-    lm_loss_per_token,
-    reconstruction_hits,
-)
+from nugget2d.evaluation.held_out import held_out_figures
 from nugget2d.losses import token_losses
 from nugget2d.model import Nugget2D
 from nugget2d.selection import count_nuggets
 from nugget2d.training.corpus import Pack
-from nugget2d.training.objectives import continue_loss, lm_loss, recomputed, reconstruct_loss
+from nugget2d.training.objectives import continue_loss, distill_loss, lm_loss, recomputed, reconstruct_loss
 from nugget2d.training.readout import readout_loss
-from nugget2d.training.recipe import CompressStage, PretrainStage
+from nugget2d.training.recipe import CompressStage, Objective, PretrainStage
 from nugget2d.training.schedule import choose, sample_ratio
+
+GOING_ON = {"continue": continue_loss, "distill": distill_loss}
 
 
 class PretrainTask:
@@ -64,12 +61,13 @@ class CompressTask:
         """Train `model` on `train`."""
         self.model, self.stage, self.train, self.held_out = model, stage, train, held_out
         self.module: nn.Module = model
+        # frozen: no straight-through term then, and none of its gradients in the norm that clipping looks at
+        model.scorer.requires_grad_(stage.optim.scorer_lr > 0)
 
     def groups(self) -> list[dict[str, Any]]:
         """The scorer has its own, lower rate: nothing restrains the scale of its scores."""
         roles, optim = self.model.parameters_by_role, self.stage.optim
-        small = [*self.model.prompts.parameters(), *([] if self.model.flag is None else [self.model.flag])]
-        main = [*roles.encoder_parameters(), *roles.decoder_parameters(), *small]
+        main = [*roles.encoder_parameters(), *roles.decoder_parameters(), *self.model.small_parameters()]
         return [
             {"params": main, "lr": optim.lr},
             {"params": list(self.model.scorer.parameters()), "lr": optim.scorer_lr},
@@ -80,16 +78,16 @@ class CompressTask:
         stage = self.stage
         phase = stage.phase(progress)
         length = choose(phase.windows, generator)
-        selection: SelectionName = choose(phase.selections, generator)
+        selection: SelectionName = choose(phase.selections or {stage.selection: 1.0}, generator)
         count = count_nuggets([length], sample_ratio(progress, stage.ratios, generator))[0]
-        objective = choose(phase.objectives, generator)
+        objective: Objective = choose(phase.objectives, generator)
         segments = int(torch.randint(1, phase.segments + 1, (1,), generator=generator))
         if objective == "lm":
             loss = lm_loss(self.model, self._draw(segments * length, generator))
-        elif objective == "continue":
+        elif objective in GOING_ON:
             ids = self._draw(segments * length + stage.target, generator)
             arguments = (self.model, ids, segments, length, count, selection, generator)
-            loss = self._run(continue_loss, *arguments)
+            loss = self._run(GOING_ON[objective], *arguments)
         else:
             ids = self._draw(length, generator)
             if objective == "uniform":
@@ -111,16 +109,7 @@ class CompressTask:
         return ids.to(self.model.device)
 
     def evaluate(self) -> dict[str, Any]:
-        """Token accuracy at 4x, 10x, 20x, the profile at 20x, continuation and LM loss, on held-out windows."""
-        length = self.stage.longest_window
-        windows = self.held_out.spread(self.stage.evaluate_windows, length)
-        figures: dict[str, Any] = {}
-        for ratio in (4, 10, 20):
-            hits, distance = reconstruction_hits(self.model, windows, ratio)
-            figures[f"accuracy_{ratio}x"] = round(float(hits.float().mean()), 4)
-        figures["profile_20x"] = copy_span_profile(hits, distance)
-        longer = self.held_out.spread(self.stage.evaluate_windows, length + self.stage.target)
-        figures["continue_10x"] = round(continuation_loss(self.model, longer, length, 10), 4)
-        figures["continue_none"] = round(continuation_loss(self.model, longer, length, None), 4)
-        figures["lm_loss"] = round(lm_loss_per_token(self.model, longer, length), 4)
-        return figures
+        """Figures on held-out windows, see `held_out_figures`."""
+        stage = self.stage
+        windows = self.held_out.spread(stage.evaluate_windows, stage.longest_window + stage.target)
+        return held_out_figures(self.model, windows, stage.longest_window, (4, 10, 20))

@@ -1,0 +1,1 @@
+"""Controlled training experiments: one recipe, changed in one way at a time."""
