@@ -68,8 +68,6 @@ class _Descent:
         """The drafts with the best states that were seen: highest accuracy first, then lowest loss."""
         optimizer = torch.optim.Adam(self.change, lr=STEP)
         rows = torch.arange(len(self.drafts), device=self.model.device)
-        with torch.no_grad():
-            expected = self._continuation(rows, self.start)
         for step in range(steps + 1):
             states = [
                 _as_kept(start[rows] + self.scale[rows] * change[rows], self.store)
@@ -80,7 +78,7 @@ class _Descent:
             going_on = accuracy < target
             if step == steps or not bool(going_on.any()):
                 break
-            drift = self._drift(rows, states, expected[rows])
+            drift = self._drift(rows, states, step)
             # only the states' gradients are computed: those of the weights are neither needed nor touched
             gradients = torch.autograd.grad((loss + RETENTION * drift)[going_on].sum(), self.change)
             for change, gradient in zip(self.change, gradients, strict=True):
@@ -114,18 +112,25 @@ class _Descent:
         loss = (token_losses(logits, ids) * real).sum(1) / lengths
         return loss, ((logits.argmax(-1) == ids) & real).sum(1) / lengths
 
-    def _continuation(self, rows: Tensor, states: Sequence[Tensor]) -> Tensor:
-        """(b, c, vocabulary) log-probabilities of the "continue" prompt, fed the segment's own first tokens.
+    def _drift(self, rows: Tensor, states: Sequence[Tensor], step: int) -> Tensor:
+        """(b,) Kullback-Leibler divergence, in nats a token, of the continuation's predictions from what they were.
 
-        What follows a text is not known when it is compressed; its own beginning is text of its kind.
+        What follows a text is not known when it is compressed. Its own tokens are text of its kind: a few of them,
+        others at every step, so that no one continuation is learned by heart.
         """
-        ids = self.ids[rows, : RETENTION_TOKENS - 1]
-        logits = self.model.decode(self._nuggets(rows, states), ids, prompt="continue", start=self.lengths[rows])
-        return logits.float().log_softmax(-1)
+        places = (step * RETENTION_TOKENS + torch.arange(RETENTION_TOKENS - 1, device=rows.device)).expand(
+            len(rows), -1
+        )
+        ids = self.ids[rows].gather(1, places % self.lengths[rows, None])
 
-    def _drift(self, rows: Tensor, states: Sequence[Tensor], expected: Tensor) -> Tensor:
-        """(b,) Kullback-Leibler divergence of the continuation from `expected`, in nats a token."""
-        return (expected.exp() * (expected - self._continuation(rows, states))).sum(-1).mean(1)
+        def predictions(states: Sequence[Tensor]) -> Tensor:
+            nuggets = self._nuggets(rows, states)
+            logits = self.model.decode(nuggets, ids, prompt="continue", start=self.lengths[rows])
+            return logits.float().log_softmax(-1)
+
+        with torch.no_grad():
+            expected = predictions([start[rows] for start in self.start])
+        return (expected.exp() * (expected - predictions(states))).sum(-1).mean(1)
 
     @torch.no_grad()
     def _remember(self, rows: Tensor, states: Sequence[Tensor], loss: Tensor, accuracy: Tensor) -> None:
