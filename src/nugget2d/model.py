@@ -120,7 +120,7 @@ class Nugget2D(Network):
                 it is where refinement stops instead, and the ratio is kept as asked.
             refine: at most so many gradient steps on the nuggets of every segment that reads worse than `quality`
                 (all right, if not given). Weights stay as they are; no segment reads worse afterwards. Each step
-                costs about as much as three passes over the text (see refining.py).
+                costs about as much as four passes over the text (see refining.py).
             exact: also store what greedy decoding would miss, so that `reconstruct` returns the very same string.
             selection: "learned", "window", "even", "random" or "punctuation"; None takes the model's own.
             dtype: how to keep the states: "float32", "bfloat16" or "int8"; None takes the model's own precision.

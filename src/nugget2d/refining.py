@@ -1,9 +1,10 @@
 """Gradient steps on the nuggets of one text: what the encoder wrote in one pass, made to read better.
 
 The weights stay as they are; each segment's own keys and values descend the reconstruction loss of its own tokens. A
-retention term holds the predictions of the "continue" prompt where the encoder's nuggets had them, so that going on
-from a memory does not pay for giving it back. The states that are read at every step are those that would be kept
-(rounded to int8 or bfloat16, gradient straight through), so a segment stops at an accuracy that it really has.
+retention term holds the predictions of the "continue" prompt near where the encoder's nuggets had them, so that going
+on from a memory pays little for giving it back (docs/LOG.md). The states that are read at every step are those that
+would be kept (rounded to int8 or bfloat16, gradient straight through), so a segment stops at an accuracy that it
+really has.
 
 At accuracy 1 under teacher forcing every token is the greedy choice given the true ones before it: greedy decoding
 gives the segment back whole. Below 1 the first miss may lead it astray.
