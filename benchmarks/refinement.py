@@ -5,7 +5,8 @@ r"""How far gradient steps on the nuggets of one text go, and what they cost.
 
 For every ratio and number of steps: greedy BLEU and token accuracy of windows, seconds for each of them (all windows
 together), and what the memory is worth for the 64 tokens that follow. Ratios of 100 and more get windows of twice the
-length; what was achieved is in the table (a segment has at least one nugget). A picture lies beside the JSON.
+length, if the model takes so many tokens in one segment; a segment has at least one nugget, so the table tells what was
+achieved. A picture lies beside the JSON.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def main() -> None:
     texts = list(documents(Source(path=options.data.name), options.data.parent))
     results = []
     for ratio in options.ratios:
-        length = options.length * (2 if ratio >= LONG_FROM else 1)
+        length = min(options.length * (2 if ratio >= LONG_FROM else 1), model.config.window)
         pairs = cut(model, texts, options.windows, length)
         for steps in options.steps:
             results.append(measure(model, pairs, length, ratio, steps))
