@@ -10,7 +10,7 @@ from transformers import DynamicCache
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.cache import Nuggets, gather_nuggets
-from nugget2d.compressing import pad
+from nugget2d.encoding import pad
 from nugget2d.errors import ContextWarning, ModelError
 from nugget2d.losses import token_losses
 from nugget2d.reading import segment_nuggets, text_nuggets

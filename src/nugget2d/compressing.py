@@ -1,136 +1,100 @@
-"""Texts to memories: cut, batch, encode, keep."""
+"""Texts to memories: cut, share out the nuggets, encode, join."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from nugget2d import reading
 from nugget2d.config import SelectionName
+from nugget2d.encoding import BATCH_TOKENS, Draft, batches, encode, logits_limit, measure
 from nugget2d.errors import InputError
-from nugget2d.exact import ExactRecord, SegmentPatch, find_patch
-from nugget2d.memory import Memory, Segment
+from nugget2d.exact import ExactRecord
+from nugget2d.memory import Memory
 from nugget2d.network import Network
+from nugget2d.quality import meet_quality, warn_if_missed
+from nugget2d.refining import REFINE_TOKENS, refine
 from nugget2d.segmentation import Piece, split
-from nugget2d.selection import SCORED, count_nuggets
-from nugget2d.states import States, StoreDtype
+from nugget2d.selection import count_nuggets
+from nugget2d.states import StoreDtype
 
-# Tokens of a padded batch: large enough to fill the matrix products, small enough for any machine's memory.
-BATCH_TOKENS = 8192
-# Exact mode computes logits for every token of a batch: half a gigabyte of float32, whatever the vocabulary.
-BATCH_LOGITS = 1 << 27
-
-
-@dataclass
-class _Job:
-    """One piece of a document, its share of the nuggets, and what comes of it."""
-
-    piece: Piece
-    count: int
-    memory: Memory | None = None
-    patch: SegmentPatch = field(default_factory=dict)
+DEFAULT_RATIO = 20.0
 
 
 @torch.no_grad()
 def compress_texts(
     model: Network,
     texts: Sequence[str],
-    ratio: float,
+    ratio: float | None,
+    quality: float | None,
+    steps: int,
     exact: bool,
     selection: SelectionName,
     dtype: StoreDtype | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> list[Memory]:
-    """See `Nugget2D.compress`."""
-    documents = [_plan(model, text, ratio, number) for number, text in enumerate(texts)]
-    jobs = [job for document in documents for job in document]
-    store = dtype or ("bfloat16" if model.lm.dtype == torch.bfloat16 else "float32")
-    done = 0
-    limit = min(BATCH_TOKENS, BATCH_LOGITS // model.lm.config.vocab_size) if exact else BATCH_TOKENS
-    for batch in _batches(jobs, limit):
-        _encode(model, batch, selection, store)
-        if exact:
-            _find_patches(model, batch)
-        done += len(batch)
-        if on_progress is not None:
-            on_progress(done, len(jobs))
-    return [_assemble(document, exact) for document in documents]
+    """See `Nugget2D.compress`; `steps` is its `refine`."""
+    _check(ratio, quality, steps)
+    documents = [_cut(model, text, number) for number, text in enumerate(texts)]
+    pieces = [piece for document in documents for piece in document]
+    store: StoreDtype = dtype or ("bfloat16" if model.lm.dtype == torch.bfloat16 else "float32")
+    if quality is not None and not steps:
+        drafts = meet_quality(model, pieces, quality, selection, store, on_progress)
+    else:
+        lengths = [[len(piece.ids) for piece in document] for document in documents]
+        wanted = DEFAULT_RATIO if ratio is None else ratio
+        counts = [count for document in lengths for count in count_nuggets(document, wanted)]
+
+        def work(batch: list[int]) -> list[Draft]:
+            encoded = encode(model, [pieces[i] for i in batch], [counts[i] for i in batch], selection, store)
+            if steps:
+                return refine(model, encoded, steps, 1.0 if quality is None else quality)
+            return measure(model, encoded) if exact else encoded
+
+        limit = REFINE_TOKENS if steps else BATCH_TOKENS
+        limit = min(limit, logits_limit(model)) if steps or exact else limit
+        drafts = _in_batches(pieces, limit, work, on_progress)
+    if quality is not None:
+        warn_if_missed(drafts, quality, "refine longer or lower the ratio" if steps else "every ratio was tried")
+    ready = iter(drafts)
+    return [_assemble([next(ready) for _ in document], exact) for document in documents]
 
 
-def _plan(model: Network, text: str, ratio: float, number: int) -> list[_Job]:
+def _check(ratio: float | None, quality: float | None, steps: int) -> None:
+    if steps < 0:
+        raise InputError(f"refine is a number of steps, 0 or more, got {steps}")
+    if quality is not None and not 0 < quality <= 1:
+        raise InputError(f"quality is a share of the tokens, above 0 and at most 1, got {quality}")
+    if quality is not None and ratio is not None and not steps:
+        raise InputError("quality chooses the ratio: give one of them, or refine as well, to stop refining at quality")
+
+
+def _cut(model: Network, text: str, number: int) -> list[Piece]:
     if not isinstance(text, str):
         raise InputError(f"text {number} is {type(text).__name__}, not str; decode bytes first")
     pieces = split(model.tokenizer, text, model.config.window)
     if not pieces:
         raise InputError(f"text {number} is empty; there is nothing to compress")
-    counts = count_nuggets([len(piece.ids) for piece in pieces], ratio)
-    return [_Job(piece, count) for piece, count in zip(pieces, counts, strict=True)]
+    return pieces
 
 
-def _batches(jobs: Sequence[_Job], limit: int) -> Iterator[list[_Job]]:
-    """Jobs of similar length together: at most `limit` tokens with padding, none padded by more than a third."""
-    batch: list[_Job] = []
-    for job in sorted(jobs, key=lambda job: len(job.piece.ids)):
-        length = len(job.piece.ids)
-        if batch and ((len(batch) + 1) * length > limit or 4 * len(batch[0].piece.ids) < 3 * length):
-            yield batch
-            batch = []
-        batch.append(job)
-    if batch:
-        yield batch
+def _in_batches(
+    pieces: Sequence[Piece],
+    limit: int,
+    work: Callable[[list[int]], list[Draft]],
+    on_progress: Callable[[int, int], None] | None,
+) -> list[Draft]:
+    """`work` on the indices of batch after batch; its drafts in the order of `pieces`."""
+    drafts: dict[int, Draft] = {}
+    for batch in batches(pieces, limit):
+        drafts |= zip(batch, work(batch), strict=True)
+        if on_progress is not None:
+            on_progress(len(drafts), len(pieces))
+    return [drafts[index] for index in range(len(pieces))]
 
 
-def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """(B, n) ids, right-padded with 0."""
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-
-
-def _encode(model: Network, batch: list[_Job], selection: SelectionName, store: StoreDtype) -> None:
-    ids = pad([job.piece.ids for job in batch], model.device)
-    features = model.token_features(ids)
-    encoded = model.encode(
-        ids,
-        [len(job.piece.ids) for job in batch],
-        [job.count for job in batch],
-        selection=selection,
-        scores=model.scorer(features) if selection in SCORED else None,
-    )
-    nuggets, index = encoded.nuggets, encoded.index.int().cpu()
-    rows = torch.arange(len(batch), device=ids.device)[:, None]
-    scores = model.scorer(features[rows, encoded.index]).cpu()
-    keys, values = ([layer.cpu() for layer in states] for states in (nuggets.keys, nuggets.values))
-    for row, job in enumerate(batch):
-        # the padding is on the left: the last `count` slots are the row's own
-        own = slice(index.shape[1] - job.count, None)
-        positions = index[row, own].clone()
-        job.memory = Memory(
-            keys=tuple(States.store(layer[row, :, own].clone(), store) for layer in keys),
-            values=tuple(States.store(layer[row, :, own].clone(), store) for layer in values),
-            local_positions=positions,
-            token_spans=torch.tensor([job.piece.offsets[p] for p in positions.tolist()], dtype=torch.int32)
-            - job.piece.start,
-            scores=scores[row, own].clone(),
-            segments=(Segment(0, len(job.piece.text), len(job.piece.ids), job.count),),
-            fingerprint=model.fingerprint,
-            cache_itemsize=model.lm.dtype.itemsize,
-        )
-
-
-def _find_patches(model: Network, batch: list[_Job]) -> None:
-    """One teacher-forced pass over the states as they will be kept: what would greedy decoding miss?"""
-    ids = pad([job.piece.ids for job in batch], model.device)
-    nuggets = reading.segment_nuggets(model, [(job.memory, 0) for job in batch if job.memory is not None])
-    logits = model.decode(nuggets, ids[:, :-1], prompt="reconstruct")
-    for row, job in enumerate(batch):
-        length = len(job.piece.ids)
-        job.patch = find_patch(logits[row, :length], ids[row, :length])
-
-
-def _assemble(document: list[_Job], exact: bool) -> Memory:
-    memory = Memory.join([job.memory for job in document if job.memory is not None])
+def _assemble(document: Sequence[Draft], exact: bool) -> Memory:
+    memory = Memory.join([draft.memory for draft in document])
     if not exact:
         return memory
-    record = ExactRecord.make([job.piece.text for job in document], [job.patch for job in document])
+    record = ExactRecord.make([draft.piece.text for draft in document], [draft.patch for draft in document])
     return replace(memory, exact=record)

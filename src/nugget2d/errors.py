@@ -39,3 +39,7 @@ class ContextWarning(UserWarning):
 
 class ExactFallbackWarning(UserWarning):
     """Replay of an exact memory did not verify on this machine; the stored lossless copy was used."""
+
+
+class QualityWarning(UserWarning):
+    """Some segments of a memory miss the quality that was asked for; each keeps the best that was measured."""

@@ -46,13 +46,16 @@ class Fingerprint:
 class Segment:
     """A stretch of text that was compressed in one pass.
 
-    `start` and `end` are character offsets into the whole text; `num_tokens` of it became `num_nuggets`.
+    `start` and `end` are character offsets into the whole text; `num_tokens` of it became `num_nuggets`. `accuracy` is
+    the share of its tokens that the model was measured to predict right from the nuggets as they are kept, given the
+    true tokens before (no patch); None if nobody measured.
     """
 
     start: int
     end: int
     num_tokens: int
     num_nuggets: int
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +112,16 @@ class Memory:
         return self.num_tokens / max(self.num_nuggets, 1)
 
     @property
+    def quality(self) -> float | None:
+        """Measured accuracy over all tokens (see `Segment`), or None where some segment was not measured."""
+        hits = 0.0
+        for segment in self.segments:
+            if segment.accuracy is None:
+                return None
+            hits += segment.accuracy * segment.num_tokens
+        return hits / max(self.num_tokens, 1)
+
+    @property
     def dtype(self) -> StoreDtype:
         """How the states are kept: "float32", "bfloat16" or "int8"."""
         return self.keys[0].dtype
@@ -151,6 +164,8 @@ class Memory:
     def to(self, dtype: StoreDtype) -> "Memory":
         """The same memory with its states kept as `dtype`; int8 has one scale per token and head.
 
+        Its accuracies are dropped: they were measured on the states as they were.
+
         Raises:
             InputError: an unknown dtype, or an exact memory, whose patch fits the states as they are.
         """
@@ -165,6 +180,7 @@ class Memory:
             self,
             keys=tuple(States.store(states.restore(), dtype) for states in self.keys),
             values=tuple(States.store(states.restore(), dtype) for states in self.values),
+            segments=tuple(replace(segment, accuracy=None) for segment in self.segments),
         )
 
     def require(self, fingerprint: Fingerprint) -> None:
@@ -285,6 +301,7 @@ class Memory:
         return {
             "num_layers": len(self.keys),
             "segments": [[s.start, s.end, s.num_tokens, s.num_nuggets] for s in self.segments],
+            "accuracies": [s.accuracy for s in self.segments],
             "fingerprint": vars(self.fingerprint),
             "cache_itemsize": self.cache_itemsize,
             "exact": None if self.exact is None else self.exact.header(),
@@ -298,13 +315,17 @@ class Memory:
                 for layer in range(header["num_layers"])
             )
 
+        # older files have none
+        accuracies = header.get("accuracies") or [None] * len(header["segments"])
         return Memory(
             keys=layers("keys"),
             values=layers("values"),
             local_positions=tensors["local_positions"],
             token_spans=tensors["token_spans"],
             scores=tensors["scores"],
-            segments=tuple(Segment(*row) for row in header["segments"]),
+            segments=tuple(
+                replace(Segment(*row), accuracy=a) for row, a in zip(header["segments"], accuracies, strict=True)
+            ),
             fingerprint=Fingerprint(**header["fingerprint"]),
             cache_itemsize=header["cache_itemsize"],
             exact=None if header["exact"] is None else ExactRecord.from_parts(tensors, header["exact"]),

@@ -123,7 +123,9 @@ class Nugget2D(Network):
         self,
         text: str,
         *,
-        ratio: float = ...,
+        ratio: float | None = ...,
+        quality: float | None = ...,
+        refine: int = ...,
         exact: bool = ...,
         selection: SelectionName | None = ...,
         dtype: StoreDtype | None = ...,
@@ -134,7 +136,9 @@ class Nugget2D(Network):
         self,
         text: list[str] | tuple[str, ...],
         *,
-        ratio: float = ...,
+        ratio: float | None = ...,
+        quality: float | None = ...,
+        refine: int = ...,
         exact: bool = ...,
         selection: SelectionName | None = ...,
         dtype: StoreDtype | None = ...,
@@ -144,7 +148,9 @@ class Nugget2D(Network):
         self,
         text: str | list[str] | tuple[str, ...],
         *,
-        ratio: float = 20,
+        ratio: float | None = None,
+        quality: float | None = None,
+        refine: int = 0,
         exact: bool = False,
         selection: SelectionName | None = None,
         dtype: StoreDtype | None = None,
@@ -157,18 +163,30 @@ class Nugget2D(Network):
 
         Args:
             text: any Unicode text, not empty.
-            ratio: tokens for each nugget, at least 1.
+            ratio: tokens for each nugget, at least 1; 20 if neither ratio nor quality is given.
+            quality: share of the tokens, above 0 and at most 1, that must read back right. Each segment gets the
+                highest ratio that was measured to do so (see quality.py): hard ones get more nuggets. With `refine`
+                it is where refinement stops instead, and the ratio is kept as asked.
+            refine: at most so many gradient steps on the nuggets of every segment that reads worse than `quality`
+                (all right, if not given). Weights stay as they are; no segment reads worse afterwards. Each step
+                costs about as much as four passes over the text (see refining.py).
             exact: also store what greedy decoding would miss, so that `reconstruct` returns the very same string.
             selection: "learned", "window", "even", "random" or "punctuation"; None takes the model's own.
             dtype: how to keep the states: "float32", "bfloat16" or "int8"; None takes the model's own precision.
             on_progress: called with (segments done, segments in all).
 
+        Accuracies that were measured on the way (quality, refine, exact) are kept in the memory.
+
+        Warns:
+            QualityWarning: some segments miss `quality`; they keep the best that was measured.
+
         Raises:
-            InputError: an empty text, a ratio below 1, an unknown selection or dtype.
+            InputError: an empty text, a ratio below 1, a quality outside (0, 1], both of them without `refine`,
+                negative `refine`, an unknown selection or dtype.
         """
         texts = [text] if isinstance(text, str) else list(text)
         memories = compressing.compress_texts(
-            self, texts, ratio, exact, selection or self.config.selection, dtype, on_progress
+            self, texts, ratio, quality, refine, exact, selection or self.config.selection, dtype, on_progress
         )
         return memories[0] if isinstance(text, str) else memories
 

@@ -19,7 +19,17 @@ if TYPE_CHECKING:
 def compress(
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="A UTF-8 text; - reads standard input.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the memory.")],
-    ratio: Ratio = 20,
+    ratio: Ratio = None,
+    quality: Annotated[
+        float | None,
+        typer.Option("--quality", help="Choose each segment's ratio: this share of its tokens must read back right."),
+    ] = None,
+    refine: Annotated[
+        int,
+        typer.Option(
+            "--refine", metavar="STEPS", help="Improve the nuggets by gradient steps, until --quality or all is right."
+        ),
+    ] = 0,
     exact: Annotated[bool, typer.Option("--exact", help="Also keep what makes the very same text come back.")] = False,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="How to keep the states.", show_default="the model's precision")
@@ -35,7 +45,14 @@ def compress(
     start = perf_counter()
     with progress("compressing") as on_progress:
         memory = compressor.compress(
-            text, ratio=ratio, exact=exact, selection=selection, dtype=dtype, on_progress=on_progress
+            text,
+            ratio=ratio,
+            quality=quality,
+            refine=refine,
+            exact=exact,
+            selection=selection,
+            dtype=dtype,
+            on_progress=on_progress,
         )
     seconds = perf_counter() - start
     size = memory.save(out, force=force)
@@ -47,6 +64,10 @@ def _report(memory: "Memory", size: int, seconds: float) -> Table:
     table.add_row("tokens", f"{memory.num_tokens:,}")
     table.add_row("nuggets", f"{memory.num_nuggets:,}")
     table.add_row("ratio", f"{memory.ratio:.2f}")
+    if memory.quality is not None:
+        ratios = [segment.num_tokens / segment.num_nuggets for segment in memory.segments]
+        table.add_row("lowest and highest segment ratio", f"{min(ratios):.2f}, {max(ratios):.2f}")
+        table.add_row("measured accuracy", f"{memory.quality:.4f}")
     table.add_row("memory against full KV cache", against(memory.nbytes, memory.full_nbytes))
     if memory.exact is not None:
         table.add_row("patch for exact text", f"{memory.exact.patch_nbytes:,} bytes")

@@ -20,7 +20,7 @@ ReaderName = Annotated[
         "--model", help="Bundled model, model folder, or hub id.", show_default="the model named in the memory"
     ),
 ]
-Ratio = Annotated[float, typer.Option("--ratio", help="Tokens for each nugget, at least 1.")]
+Ratio = Annotated[float | None, typer.Option("--ratio", help="Tokens for each nugget, at least 1.", show_default="20")]
 SelectionOption = Annotated[
     Selection | None, typer.Option("--selection", help="How nuggets are chosen.", show_default="the model's own")
 ]

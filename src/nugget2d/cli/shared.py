@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from nugget2d.errors import ContextWarning, ExactFallbackWarning, InputError, ModelError
+from nugget2d.errors import ContextWarning, ExactFallbackWarning, InputError, ModelError, QualityWarning
 from nugget2d.files import decode_text, read_text
 
 if TYPE_CHECKING:
@@ -182,6 +182,6 @@ def _quieten() -> None:
         say("warning", str(message))
 
     warnings.simplefilter("ignore")
-    for ours in (ExactFallbackWarning, ContextWarning):
+    for ours in (ExactFallbackWarning, ContextWarning, QualityWarning):
         warnings.simplefilter("always", ours)
     warnings.showwarning = show

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nugget2d.compressing import BATCH_LOGITS, pad
 from nugget2d.config import SelectionName
+from nugget2d.encoding import BATCH_LOGITS, pad
 from nugget2d.losses import token_losses
 from nugget2d.memory import Memory
 from nugget2d.network import Network

@@ -59,7 +59,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A text, its nuggets and the figures of its memory; `reconstructed` if the text is the model's own guess."""
+    """A text, its nuggets and the figures of its memory.
+
+    `reconstructed` if the text is the model's own guess; `quality` is the memory's measured accuracy, if it has one.
+    """
 
     text: str
     marks: tuple[Mark, ...]
@@ -70,6 +73,7 @@ class Inspection:
     ratio: float
     nbytes: int
     full_nbytes: int
+    quality: float | None
 
     @property
     def runs(self) -> list[Run]:
@@ -159,6 +163,7 @@ def _inspection(text: str, spans: Sequence[tuple[int, int]], memory: Memory, *, 
         ratio=memory.ratio,
         nbytes=memory.nbytes,
         full_nbytes=memory.full_nbytes,
+        quality=memory.quality,
     )
 
 

@@ -22,10 +22,12 @@ def to_html(inspection: Inspection) -> str:
 
 
 def _figures(inspection: Inspection) -> list[tuple[str, str]]:
+    accuracy = [] if inspection.quality is None else [("Measured accuracy", f"{inspection.quality:.4f}")]
     return [
         ("Tokens", f"{inspection.num_tokens:,}"),
         ("Nuggets", f"{inspection.num_nuggets:,}"),
         ("Ratio", f"{inspection.ratio:.2f}"),
+        *accuracy,
         ("Memory", f"{inspection.nbytes:,} bytes"),
         ("Full KV cache", f"{inspection.full_nbytes:,} bytes"),
         ("Model", escape(inspection.model)),

@@ -1,0 +1,157 @@
+"""Gradient steps on the nuggets of one text: what the encoder wrote in one pass, made to read better.
+
+The weights stay as they are; each segment's own keys and values descend the reconstruction loss of its own tokens. A
+retention term holds the predictions of the "continue" prompt near where the encoder's nuggets had them, so that going
+on from a memory pays little for giving it back (docs/LOG.md). The states that are read at every step are those that
+would be kept (rounded to int8 or bfloat16, gradient straight through), so a segment stops at an accuracy that it
+really has.
+
+At accuracy 1 under teacher forcing every token is the greedy choice given the true ones before it: greedy decoding
+gives the segment back whole. Below 1 the first miss may lead it astray.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from nugget2d.cache import Nuggets
+from nugget2d.encoding import Draft, measure, pad
+from nugget2d.losses import token_losses
+from nugget2d.network import Network
+from nugget2d.reading import segment_nuggets
+from nugget2d.states import States, StoreDtype
+
+# Activations of every layer are kept for the gradient: fewer tokens in a batch than elsewhere.
+REFINE_TOKENS = 2048
+# Adam's step, in units of a segment's typical state (docs/LOG.md has the trials).
+STEP = 0.06
+# Weight of the retention term, and how many tokens of an imagined continuation it looks at.
+RETENTION = 1.0
+RETENTION_TOKENS = 16
+
+
+def refine(model: Network, drafts: Sequence[Draft], steps: int, target: float) -> list[Draft]:
+    """Measured drafts, those below `target` after at most `steps` gradient steps; none reads worse than it came."""
+    measured = measure(model, drafts)
+    rows = [row for row, draft in enumerate(measured) if draft.accuracy < target]
+    if rows:
+        with torch.enable_grad():
+            refined = _Descent(model, [measured[row] for row in rows]).run(steps, target)
+        for row, draft in zip(rows, measure(model, refined), strict=True):
+            if draft.accuracy >= measured[row].accuracy:
+                measured[row] = draft
+    return measured
+
+
+class _Descent:
+    """Adam on the states of a batch of segments, each with its own scale, its own stop and its own best."""
+
+    def __init__(self, model: Network, drafts: Sequence[Draft]) -> None:
+        """Start from the states of `drafts`."""
+        self.model = model
+        self.drafts = drafts
+        self.store: StoreDtype = drafts[0].memory.dtype
+        self.ids = pad([draft.piece.ids for draft in drafts], model.device)  # (B, n)
+        self.lengths = torch.tensor([len(draft.piece.ids) for draft in drafts], device=model.device)
+        nuggets = segment_nuggets(model, [(draft.memory, 0) for draft in drafts])
+        self.valid = nuggets.valid
+        # keys of all layers, then values: (B, heads, K, head_dim) each
+        self.start = [states.float() for states in (*nuggets.keys, *nuggets.values)]
+        self.scale = self._scale()
+        self.change = [torch.zeros_like(states, requires_grad=True) for states in self.start]
+        self.best = [states.clone() for states in self.start]
+        self.best_accuracy = torch.full_like(self.lengths, -1, dtype=torch.float32)
+        self.best_loss = torch.full_like(self.best_accuracy, torch.inf)
+
+    def run(self, steps: int, target: float) -> list[Draft]:
+        """The drafts with the best states that were seen: highest accuracy first, then lowest loss."""
+        optimizer = torch.optim.Adam(self.change, lr=STEP)
+        rows = torch.arange(len(self.drafts), device=self.model.device)
+        for step in range(steps + 1):
+            states = [
+                _as_kept(start[rows] + self.scale[rows] * change[rows], self.store)
+                for start, change in zip(self.start, self.change, strict=True)
+            ]
+            loss, accuracy = self._reconstruction(rows, states)
+            self._remember(rows, states, loss.detach(), accuracy)
+            going_on = accuracy < target
+            if step == steps or not bool(going_on.any()):
+                break
+            drift = self._drift(rows, states, step)
+            # only the states' gradients are computed: those of the weights are neither needed nor touched
+            gradients = torch.autograd.grad((loss + RETENTION * drift)[going_on].sum(), self.change)
+            for change, gradient in zip(self.change, gradients, strict=True):
+                change.grad = gradient
+            optimizer.step()
+            rows = rows[going_on]
+        return [self._draft(row) for row in range(len(self.drafts))]
+
+    def _scale(self) -> Tensor:
+        """(B, 1, 1, 1) typical size of a segment's states: the geometric mean, over layers, of their root mean square.
+
+        Keys have a few huge dimensions in many models; an arithmetic mean would be theirs.
+        """
+        counts = torch.tensor([draft.count for draft in self.drafts], device=self.model.device)
+        logs = []
+        for states in self.start:
+            numbers = counts * states.shape[1] * states.shape[3]  # padding is zero and not counted
+            logs.append((states.square().sum((1, 2, 3)) / numbers).clamp(min=1e-12).log() / 2)
+        return torch.stack(logs).mean(0).exp()[:, None, None, None]
+
+    def _nuggets(self, rows: Tensor, states: Sequence[Tensor]) -> Nuggets:
+        layers = len(states) // 2
+        typed = [layer.to(self.model.lm.dtype) for layer in states]
+        return Nuggets(typed[:layers], typed[layers:], None if self.valid is None else self.valid[rows])
+
+    def _reconstruction(self, rows: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(b,) mean loss of each segment's tokens, in nats, and (b,) their accuracy."""
+        ids, lengths = self.ids[rows], self.lengths[rows]
+        logits = self.model.decode(self._nuggets(rows, states), ids[:, :-1], prompt="reconstruct")
+        real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        loss = (token_losses(logits, ids) * real).sum(1) / lengths
+        return loss, ((logits.argmax(-1) == ids) & real).sum(1) / lengths
+
+    def _drift(self, rows: Tensor, states: Sequence[Tensor], step: int) -> Tensor:
+        """(b,) Kullback-Leibler divergence, in nats a token, of the continuation's predictions from what they were.
+
+        What follows a text is not known when it is compressed. Its own tokens are text of its kind: a few of them,
+        others at every step, so that no one continuation is learned by heart.
+        """
+        places = (step * RETENTION_TOKENS + torch.arange(RETENTION_TOKENS - 1, device=rows.device)).expand(
+            len(rows), -1
+        )
+        ids = self.ids[rows].gather(1, places % self.lengths[rows, None])
+
+        def predictions(states: Sequence[Tensor]) -> Tensor:
+            nuggets = self._nuggets(rows, states)
+            logits = self.model.decode(nuggets, ids, prompt="continue", start=self.lengths[rows])
+            return logits.float().log_softmax(-1)
+
+        with torch.no_grad():
+            expected = predictions([start[rows] for start in self.start])
+        return (expected.exp() * (expected - predictions(states))).sum(-1).mean(1)
+
+    @torch.no_grad()
+    def _remember(self, rows: Tensor, states: Sequence[Tensor], loss: Tensor, accuracy: Tensor) -> None:
+        same = accuracy == self.best_accuracy[rows]
+        better = (accuracy > self.best_accuracy[rows]) | (same & (loss < self.best_loss[rows]))
+        chosen = rows[better]
+        self.best_accuracy[chosen], self.best_loss[chosen] = accuracy[better], loss[better]
+        for best, layer in zip(self.best, states, strict=True):
+            best[chosen] = layer[better]
+
+    def _draft(self, row: int) -> Draft:
+        draft = self.drafts[row]
+        own = slice(self.best[0].shape[2] - draft.count, None)
+        states = [States.store(layer[row, :, own].cpu().clone(), self.store) for layer in self.best]
+        layers = len(states) // 2
+        memory = replace(draft.memory, keys=tuple(states[:layers]), values=tuple(states[layers:]))
+        return replace(draft, memory=memory)
+
+
+def _as_kept(states: Tensor, store: StoreDtype) -> Tensor:
+    """The value that a memory would give back, the gradient of `states`."""
+    exact = states.detach()
+    return states + (States.store(exact, store).restore() - exact)

@@ -1,0 +1,125 @@
+"""Refinement: the nuggets of one text get better, the model stays as it is."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tiny
+from nugget2d import Memory, Nugget2D
+from nugget2d.cli.app import app
+from nugget2d.encoding import pad
+from nugget2d.errors import InputError, QualityWarning
+from nugget2d.losses import token_losses
+from nugget2d.reading import segment_nuggets
+from nugget2d.segmentation import split
+
+TEXT = tiny.TEXT[:300]
+
+
+@torch.no_grad()
+def losses(model: Nugget2D, memory: Memory) -> torch.Tensor:
+    """(segments,) mean reconstruction loss, in nats."""
+    rows = []
+    for number, piece in enumerate(split(model.tokenizer, TEXT, model.config.window)):
+        ids = pad([piece.ids], model.device)
+        logits = model.decode(segment_nuggets(model, [(memory, number)]), ids[:, :-1], prompt="reconstruct")
+        rows.append(token_losses(logits, ids).mean())
+    return torch.stack(rows)
+
+
+def accuracies(memory: Memory) -> list[float]:
+    return [segment.accuracy for segment in memory.segments]
+
+
+@pytest.mark.parametrize("adapters", tiny.ADAPTERS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_every_segment_reads_better(adapters: str, dtype: str) -> None:
+    model = tiny.trained("llama", adapters)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    before = model.compress(TEXT, ratio=8, dtype=dtype, exact=True)
+    after = model.compress(TEXT, ratio=8, dtype=dtype, refine=15)
+
+    assert (losses(model, after) < losses(model, before) - 0.1).all()
+    assert all(a >= b for a, b in zip(accuracies(after), accuracies(before), strict=True))
+    assert after.dtype == dtype and after.num_nuggets == before.num_nuggets
+    assert after.spans == before.spans
+
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.training and not any(states.data.requires_grad for states in after.keys)
+
+
+def test_a_segment_is_refined_alike_in_any_batch(llama: Nugget2D) -> None:
+    texts = [tiny.TEXT[:40], tiny.TEXT[40:70], tiny.TEXT[200:280]]
+    together = llama.compress(texts, ratio=8, refine=5)
+    for text, memory in zip(texts, together, strict=True):
+        alone = llama.compress(text, ratio=8, refine=5)
+        for a, b in zip((*alone.keys, *alone.values), (*memory.keys, *memory.values), strict=True):
+            torch.testing.assert_close(a.data, b.data, atol=2e-3, rtol=1e-3)
+
+
+def test_it_stops_at_quality_and_says_what_missed(llama: Nugget2D) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", QualityWarning)
+        enough = llama.compress("The keeper wrote.", ratio=1, quality=0.2, refine=200)
+        whole = llama.compress("The keeper wrote.", ratio=1, refine=300)
+    assert 0.2 <= enough.quality < 1
+    assert whole.quality == 1
+    assert llama.reconstruct(whole) == "The keeper wrote."
+    with pytest.warns(QualityWarning, match="refine longer"):
+        llama.compress(TEXT, ratio=8, quality=0.99, refine=1)
+
+
+@pytest.mark.filterwarnings("ignore::nugget2d.errors.QualityWarning")
+def test_what_is_good_enough_is_left_alone(llama: Nugget2D) -> None:
+    plain = llama.compress(tiny.TEXT, ratio=8, exact=True)
+    target = max(accuracies(plain))
+    assert min(accuracies(plain)) < target
+    refined = llama.compress(tiny.TEXT, ratio=8, refine=5, quality=target)
+    for part, accuracy in zip(plain.segment_slices, accuracies(plain), strict=True):
+        same = torch.equal(plain.keys[0].data[:, part], refined.keys[0].data[:, part])
+        assert same == (accuracy == target)
+
+
+def test_going_on_is_held_where_it_was(llama: Nugget2D, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drift() -> float:
+        """How far the loss of what the retention term did NOT see moved."""
+        before, after = llama.compress(TEXT, ratio=8), llama.compress(TEXT, ratio=8, refine=30)
+        rest = tiny.TEXT[300:400]
+        return abs(llama.score(rest, memory=after) - llama.score(rest, memory=before))
+
+    held = drift()
+    monkeypatch.setattr("nugget2d.refining.RETENTION", 0.0)
+    assert held < drift()
+
+
+def test_exact_mode_fits_the_refined_states(llama: Nugget2D) -> None:
+    plain = llama.compress(TEXT, ratio=8, exact=True, dtype="int8")
+    refined = llama.compress(TEXT, ratio=8, exact=True, dtype="int8", refine=30)
+    assert llama.reconstruct(refined) == TEXT
+    assert sum(map(len, refined.exact.patches)) < sum(map(len, plain.exact.patches))
+
+
+def test_progress_and_bad_steps(llama: Nugget2D) -> None:
+    calls: list[tuple[int, int]] = []
+    memory = llama.compress(TEXT, refine=1, on_progress=lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (len(memory.segments),) * 2
+    with pytest.raises(InputError, match="0 or more"):
+        llama.compress(TEXT, refine=-1)
+
+
+def test_the_command_refines(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny.trained("llama", "copies", name=str(folder)).save_pretrained(folder)
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    out = tmp_path / "a.nugget"
+    arguments = ["compress", str(tmp_path / "a.txt"), "-o", str(out), "--model", str(folder), "--ratio", "8"]
+    result = CliRunner().invoke(app, [*arguments, "--refine", "20"])
+    assert result.exit_code == 0, result.output
+    plain = Nugget2D.from_pretrained(folder).compress(TEXT, ratio=8, exact=True)
+    assert Memory.load(out).quality > plain.quality
