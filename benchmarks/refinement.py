@@ -20,10 +20,12 @@ import torch
 from matplotlib.figure import Figure
 
 from nugget2d import Nugget2D
-from nugget2d.evaluation.fidelity import bleu, sample_windows
+from nugget2d.evaluation.continuation import lm_losses, memory_losses, no_memory_losses
+from nugget2d.evaluation.fidelity import bleu
 from nugget2d.evaluation.report import markdown_table, write_report
-from nugget2d.evaluation.teacher_forced import continuation_loss, lm_loss_per_token
+from nugget2d.evaluation.windows import Window, sample_windows
 from nugget2d.files import atomic_write
+from nugget2d.segmentation import tokenize
 from nugget2d.training.corpus import documents
 from nugget2d.training.recipe import Source
 
@@ -44,13 +46,14 @@ def main() -> None:
     options = parser.parse_args()
 
     model = Nugget2D.from_pretrained(options.model, device="cuda" if torch.cuda.is_available() else "cpu")
-    texts = list(documents(Source(path=options.data.name), options.data.parent))
+    texts = documents(Source(path=options.data.name), options.data.parent)
+    ids = [tokenize(model.tokenizer, text)[0] for text in texts]
     results = []
     for ratio in options.ratios:
         length = min(options.length * (2 if ratio >= LONG_FROM else 1), model.config.window)
-        pairs = cut(model, texts, options.windows, length)
+        windows = sample_windows(model.tokenizer, ids, options.windows, length, target=CONTINUATION)
         for steps in options.steps:
-            results.append(measure(model, pairs, length, ratio, steps))
+            results.append(measure(model, windows, ratio, steps))
             print(results[-1], flush=True)
     keys = list(results[0])
     print(markdown_table(keys, [[result[key] for key in keys] for result in results]))
@@ -58,42 +61,33 @@ def main() -> None:
     draw(results, options.out.with_suffix(".png"))
 
 
-def cut(model: Nugget2D, texts: Sequence[str], count: int, length: int) -> list[tuple[str, str]]:
-    """Windows of `length` tokens, each with the text of the next `CONTINUATION` tokens."""
-    pairs = []
-    for window in sample_windows(model, texts, count, length + CONTINUATION):
-        ids = model.ids(window)[0].tolist()
-        pairs.append((model.text(ids[:length]), model.text(ids[length:])))
-    return pairs
-
-
-def measure(model: Nugget2D, pairs: Sequence[tuple[str, str]], length: int, ratio: float, steps: int) -> dict[str, Any]:
+def measure(model: Nugget2D, windows: Sequence[Window], ratio: float, steps: int) -> dict[str, Any]:
     """All figures of one ratio and number of steps; exact mode makes accuracy known at 0 steps too."""
-    contexts = [context for context, _ in pairs]
+    texts = [window.text for window in windows]
+    targets = torch.tensor([window.target for window in windows])
     start = time.perf_counter()
-    memories = model.compress(contexts, ratio=ratio, refine=steps, exact=True)
+    memories = model.compress(texts, ratio=ratio, refine=steps, exact=True)
     seconds = time.perf_counter() - start
     greedy = model.reconstruct([replace(memory, exact=None) for memory in memories])
     tokens, nuggets = (sum(getattr(memory, name) for memory in memories) for name in ("num_tokens", "num_nuggets"))
-    whole = torch.cat([model.ids(context + following)[:, : length + CONTINUATION] for context, following in pairs])
-    nll_memory = sum(model.score(following, memory=m) for (_, following), m in zip(pairs, memories, strict=True))
     nll = {
-        "nll_none": continuation_loss(model, whole, length, None),
-        "nll_memory": nll_memory / len(pairs),
-        "nll_full": lm_loss_per_token(model, whole, length),
+        "nll_none": lm_losses(model, [[] for _ in windows], targets),
+        "nll_no_memory": no_memory_losses(model, len(windows[0].ids), targets),
+        "nll_memory": memory_losses(model, memories, targets),
+        "nll_full": lm_losses(model, [window.ids for window in windows], targets),
     }
-    retained = (nll["nll_none"] - nll["nll_memory"]) / (nll["nll_none"] - nll["nll_full"])
+    none, memory, full = (float(nll[key].mean()) for key in ("nll_none", "nll_memory", "nll_full"))
     return {
         "ratio": ratio,
         "achieved": round(tokens / nuggets, 2),
-        "tokens": length,
+        "tokens": len(windows[0].ids),
         "steps": steps,
-        "seconds_each": round(seconds / len(pairs), 3),
-        "bleu": round(bleu(greedy, contexts), 2),
+        "seconds_each": round(seconds / len(windows), 3),
+        "bleu": round(bleu(greedy, texts), 2),
         "accuracy": round(sum((m.quality or 0) * m.num_tokens for m in memories) / tokens, 4),
-        "exact_windows": round(sum(a == b for a, b in zip(greedy, contexts, strict=True)) / len(pairs), 3),
-        **{key: round(value, 4) for key, value in nll.items()},
-        "retained": round(retained, 3),
+        "exact_windows": round(sum(a == b for a, b in zip(greedy, texts, strict=True)) / len(windows), 3),
+        **{key: round(float(losses.mean()), 4) for key, losses in nll.items()},
+        "retained": round((none - memory) / (none - full), 3),
     }
 
 
@@ -108,7 +102,7 @@ def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
         quality.plot(seconds, [row["bleu"] for row in rows], "o-", ms=3, label=label)
         worth.plot([row["steps"] for row in rows], [row["nll_memory"] for row in rows], "o-", ms=3, label=label)
     worth.axhline(
-        results[0]["nll_none"], color="grey", lw=1, ls=":", label=f"no context, {results[0]['tokens']} tokens"
+        results[0]["nll_no_memory"], color="grey", lw=1, ls=":", label=f"no memory, {results[0]['tokens']} tokens"
     )
     quality.set(xscale="log", xlabel="seconds a window", ylabel="greedy BLEU", ylim=(0, 102))
     worth.set(xlabel="steps", ylabel=f"nats a token, next {CONTINUATION} tokens")
