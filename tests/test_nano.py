@@ -26,7 +26,7 @@ def test_tokenizer_is_compact_on_english(nano: Nugget2D) -> None:
     assert len(TEXT) / len(nano.ids(TEXT)[0]) >= 3.9
 
 
-@pytest.mark.parametrize(("ratio", "floor"), [(4, 99.0), (10, 99.0), (20, 95.0)])
+@pytest.mark.parametrize(("ratio", "floor"), [(4, 99.5), (10, 99.0), (18, 97.0), (20, 88.0)])
 def test_a_document_comes_back(nano: Nugget2D, ratio: float, floor: float) -> None:
     memory = nano.compress(TEXT, ratio=ratio)
     assert memory.ratio == pytest.approx(ratio, rel=0.02)
@@ -52,7 +52,7 @@ def test_going_on_from_a_memory_is_no_worse_than_from_nothing(nano: Nugget2D) ->
 
 
 def test_plain_language_modelling(nano: Nugget2D) -> None:
-    assert nano.score(TEXT[:1500]) < 6.0  # a uniform guess costs 9.2 nats
+    assert nano.score(TEXT[:1500]) < 5.5  # a uniform guess costs 9.2 nats
     shuffled = " ".join(sorted(TEXT[:1500].split()))
     assert nano.score(TEXT[:1500]) < nano.score(shuffled)
 

@@ -28,8 +28,8 @@ REFINE_TOKENS = 2048
 # Adam's step, in units of a segment's typical state (docs/LOG.md has the trials).
 STEP = 0.06
 # Weight of the retention term, and how many tokens of an imagined continuation it looks at.
-RETENTION = 1.0
-RETENTION_TOKENS = 16
+RETENTION = 16.0
+RETENTION_TOKENS = 48
 
 
 def refine(model: Network, drafts: Sequence[Draft], steps: int, target: float) -> list[Draft]:
