@@ -86,6 +86,11 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
     assert min(seconds) < 0.5
 
 
+def test_the_package_is_the_command() -> None:
+    asked = [sys.executable, "-m", "nugget2d", "--version"]
+    assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout == run("--version").stdout
+
+
 def test_version() -> None:
     assert run("--version").stdout == f"nugget2d {__version__}\n"
 
