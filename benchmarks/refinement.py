@@ -20,7 +20,8 @@ import torch
 from matplotlib.figure import Figure
 
 from nugget2d import Nugget2D
-from nugget2d.evaluation.continuation import lm_losses, memory_losses, no_memory_losses
+from nugget2d.evaluation.continuation import memory_losses
+from nugget2d.evaluation.distortion import Reference, measure_reference
 from nugget2d.evaluation.fidelity import bleu
 from nugget2d.evaluation.report import markdown_table, write_report
 from nugget2d.evaluation.windows import Window, sample_windows
@@ -52,8 +53,9 @@ def main() -> None:
     for ratio in options.ratios:
         length = min(options.length * (2 if ratio >= LONG_FROM else 1), model.config.window)
         windows = sample_windows(model.tokenizer, ids, options.windows, length, target=CONTINUATION)
+        reference = measure_reference(model, windows)
         for steps in options.steps:
-            results.append(measure(model, windows, ratio, steps))
+            results.append(measure(model, windows, reference, ratio, steps))
             print(results[-1], flush=True)
     keys = list(results[0])
     print(markdown_table(keys, [[result[key] for key in keys] for result in results]))
@@ -61,7 +63,9 @@ def main() -> None:
     draw(results, options.out.with_suffix(".png"))
 
 
-def measure(model: Nugget2D, windows: Sequence[Window], ratio: float, steps: int) -> dict[str, Any]:
+def measure(
+    model: Nugget2D, windows: Sequence[Window], reference: Reference, ratio: float, steps: int
+) -> dict[str, Any]:
     """All figures of one ratio and number of steps; exact mode makes accuracy known at 0 steps too."""
     texts = [window.text for window in windows]
     targets = torch.tensor([window.target for window in windows])
@@ -71,10 +75,10 @@ def measure(model: Nugget2D, windows: Sequence[Window], ratio: float, steps: int
     greedy = model.reconstruct([replace(memory, exact=None) for memory in memories])
     tokens, nuggets = (sum(getattr(memory, name) for memory in memories) for name in ("num_tokens", "num_nuggets"))
     nll = {
-        "nll_none": lm_losses(model, [[] for _ in windows], targets),
-        "nll_no_memory": no_memory_losses(model, len(windows[0].ids), targets),
+        "nll_none": reference.none,
+        "nll_no_memory": reference.no_memory,
         "nll_memory": memory_losses(model, memories, targets),
-        "nll_full": lm_losses(model, [window.ids for window in windows], targets),
+        "nll_full": reference.full,
     }
     none, memory, full = (float(nll[key].mean()) for key in ("nll_none", "nll_memory", "nll_full"))
     return {
