@@ -100,6 +100,8 @@ class PretrainStage(Stage):
 
 Objective = Literal["reconstruct", "uniform", "continue", "distill", "lm"]
 MemoryKind = Literal["nuggets", "pooled", "slots", "part"]
+# of a compressor to go on from, these are settled
+SETTLED = ("base", "adapters", "lora_rank", "scorer_layer", "memory", "flag", "addressing")
 
 
 class Phase(Frozen):
@@ -146,6 +148,8 @@ class CompressStage(Stage):
 
     Attributes:
         base: folder or hub id of the LM; None takes the recipe's own, pre-trained or from scratch.
+        init: a trained compressor to go on from (bundled name, folder or hub id); it brings LM, tokenizer and all that
+            `SETTLED` names.
         memory: what a text becomes: nuggets, or a baseline for studies (see nugget2d.baselines).
         memory_layers: the layers, from 0, that memory "part" keeps.
         flag: add a learned vector to the input embedding of nuggets.
@@ -157,6 +161,7 @@ class CompressStage(Stage):
     """
 
     base: str | None = None
+    init: str | None = None
     adapters: Adapters = "copies"
     lora_rank: int = Field(default=32, ge=1)
     scorer_layer: int = Field(default=1, ge=0)
@@ -178,7 +183,9 @@ class CompressStage(Stage):
             raise ValueError(f"`phases` must begin with `from: 0` and go up, got {starts}")
         if bool(self.memory_layers) != (self.memory == "part"):
             raise ValueError("give `memory_layers`, the layers to keep, with `memory: part` and with nothing else")
-        if self.adapters == "lora" and any("lm" in phase.objectives for phase in self.phases):
+        if self.init is not None and (given := [key for key in SETTLED if key in self.model_fields_set]):
+            raise ValueError(f"`init` brings its own {', '.join(given)}: remove {'it' if len(given) == 1 else 'them'}")
+        if self.init is None and self.adapters == "lora" and any("lm" in phase.objectives for phase in self.phases):
             raise ValueError("a frozen base cannot learn plain LM: leave `lm` out of the objectives, or use copies")
         return self
 
@@ -214,11 +221,11 @@ class Recipe(Frozen):
     def _complete(self) -> "Recipe":
         if self.pretrain is None and self.compress is None:
             raise ValueError("nothing to do: give a `pretrain` or a `compress` stage")
-        own_base = self.compress is not None and self.compress.base is not None
-        if own_base and (self.pretrain or self.model or self.tokenizer):
-            raise ValueError("`compress.base` brings its own LM: remove `pretrain`, `model` and `tokenizer`, or `base`")
-        if not own_base and (self.tokenizer is None or self.model is None):
-            raise ValueError("give `tokenizer` and `model` for an LM from scratch, or `compress.base`")
+        brought = self.compress is not None and (self.compress.base or self.compress.init)
+        if brought and (self.pretrain or self.model or self.tokenizer):
+            raise ValueError(f"{brought!r} brings its own LM: remove `pretrain`, `model` and `tokenizer`")
+        if not brought and (self.tokenizer is None or self.model is None):
+            raise ValueError("give `tokenizer` and `model` for an LM from scratch, `compress.base` or `compress.init`")
         return self
 
 

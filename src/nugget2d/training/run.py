@@ -12,7 +12,7 @@ from nugget2d.baselines.pooled import PooledMemory
 from nugget2d.baselines.slots import SlotMemory
 from nugget2d.errors import RecipeError
 from nugget2d.model import Nugget2D
-from nugget2d.pretrained import load_base
+from nugget2d.pretrained import TOKENIZER_FOLDER, load_base, resolve
 from nugget2d.training.addressing import address_slots
 from nugget2d.training.corpus import Pack, make_pack
 from nugget2d.training.loop import fit
@@ -75,10 +75,14 @@ def fit_recipe(recipe: Recipe, home: Path, folder: Path, *, pack: Path, fresh: b
     tokenizer = prepare_pack(recipe, home, pack)
     packs = Pack(pack / "train.bin"), Pack(pack / "held_out.bin")
     console.print(f"{len(packs[0]):,} training tokens, {len(packs[1]):,} held out")
-    lm = _language_model(recipe, folder, tokenizer, packs, _base(recipe, home), device, fresh)
-    if recipe.compress is None:
-        return None
-    model = _wrap(lm, tokenizer, recipe, recipe.compress, packs[0])
+    if recipe.compress is not None and recipe.compress.init is not None:
+        model = _trained(_local(recipe.compress.init, home), recipe.name, recipe.compress)
+        _choose_attention(model, device)
+    else:
+        lm = _language_model(recipe, folder, tokenizer, packs, _base(recipe, home), device, fresh)
+        if recipe.compress is None:
+            return None
+        model = _wrap(lm, tokenizer, recipe, recipe.compress, packs[0])
     if device == "cuda":
         compile_blocks(model.parameters_by_role)
     task = CompressTask(model.to(device), recipe.compress, *packs)
@@ -88,13 +92,23 @@ def fit_recipe(recipe: Recipe, home: Path, folder: Path, *, pack: Path, fresh: b
 
 def prepare_pack(recipe: Recipe, home: Path, pack: Path) -> PreTrainedTokenizerBase:
     """Make (or reuse) the data pack of a recipe whose paths are relative to `home`; returns its tokenizer."""
-    return make_pack(pack, recipe.data, home, recipe.tokenizer, _base(recipe, home))
+    stage = recipe.compress
+    if stage is not None and stage.init is not None:
+        place: str | None = str(resolve(_local(stage.init, home)) / TOKENIZER_FOLDER)
+    else:
+        place = _base(recipe, home)
+    return make_pack(pack, recipe.data, home, recipe.tokenizer, place)
 
 
 def _base(recipe: Recipe, home: Path) -> str | None:
     """The folder or hub id of a base of one's own."""
     base = None if recipe.compress is None else recipe.compress.base
-    return str(home / base) if base is not None and (home / base).is_dir() else base
+    return None if base is None else _local(base, home)
+
+
+def _local(name: str, home: Path) -> str:
+    """A folder relative to the recipe's own, or else the name as it is."""
+    return str(home / name) if (home / name).is_dir() else name
 
 
 def _language_model(
@@ -113,9 +127,7 @@ def _language_model(
         nn.Module.to(lm, device)
     else:
         raise RecipeError("give `model` or `compress.base`")
-    if device == "cpu":
-        # 15 % faster to train than sdpa, whose CPU kernel has no fast backward pass
-        lm.set_attn_implementation("eager")
+    _choose_attention(lm, device)
     if recipe.pretrain is None:
         return lm
     if device == "cuda":
@@ -125,6 +137,26 @@ def _language_model(
     lm.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     return lm
+
+
+def _trained(init: str, name: str, stage: CompressStage) -> Nugget2D:
+    """The compressor to go on from, set to what it will have been trained on."""
+    model = Nugget2D.from_pretrained(init)
+    changes = {
+        "name": name,
+        "selection": stage.selection,
+        "window": max(model.config.window, stage.longest_window),
+        "context": max(model.config.context, stage.longest_context),
+    }
+    model.config = model.config.model_copy(update=changes)
+    return model
+
+
+def _choose_attention(module: nn.Module, device: str) -> None:
+    """On the CPU eager attention trains 15 % faster than sdpa, whose kernel there has no fast backward pass."""
+    for lm in module.modules():
+        if device == "cpu" and isinstance(lm, PreTrainedModel):
+            lm.set_attn_implementation("eager")
 
 
 def compile_blocks(module: nn.Module) -> None:
