@@ -86,16 +86,23 @@ def test_what_is_good_enough_is_left_alone(llama: Nugget2D) -> None:
         assert same == (accuracy == target)
 
 
-def test_going_on_is_held_where_it_was(llama: Nugget2D, monkeypatch: pytest.MonkeyPatch) -> None:
-    def drift() -> float:
-        """How far the loss of what the retention term did NOT see moved."""
-        before, after = llama.compress(TEXT, ratio=8), llama.compress(TEXT, ratio=8, refine=30)
-        rest = tiny.TEXT[300:400]
-        return abs(llama.score(rest, memory=after) - llama.score(rest, memory=before))
+@torch.no_grad()
+def test_going_on_comes_nearer_to_what_the_text_would_say(llama: Nugget2D, monkeypatch: pytest.MonkeyPatch) -> None:
+    piece, rest = split(llama.tokenizer, TEXT, 32)[0], llama.ids(tiny.TEXT[300:400])
+    length = len(piece.ids)
+    whole = torch.cat([torch.tensor([piece.ids]), rest], 1)
+    expected = llama.decode(None, whole[:, :-1], prompt=None)[:, length - 1 :].log_softmax(-1)
 
-    held = drift()
-    monkeypatch.setattr("nugget2d.refining.RETENTION", 0.0)
-    assert held < drift()
+    def divergence(steps: int) -> float:
+        """From the LM that sees the text, on a continuation that was not imagined."""
+        nuggets = segment_nuggets(llama, [(llama.compress(piece.text, ratio=8, refine=steps), 0)])
+        predicted = llama.decode(nuggets, rest[:, :-1], prompt="continue", start=length).log_softmax(-1)
+        return float((expected.exp() * (expected - predicted)).sum(-1).mean())
+
+    before, after = divergence(0), divergence(30)
+    assert after < before
+    monkeypatch.setattr("nugget2d.refining.CONTINUATION", 0.0)
+    assert after < divergence(30)
 
 
 def test_exact_mode_fits_the_refined_states(llama: Nugget2D) -> None:

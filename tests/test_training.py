@@ -78,6 +78,8 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ({"compress": COMPRESS | {"ratios": {"start": [9, 2]}}}, "[9, 2]"),
         ({"compress": COMPRESS | {"adapters": "lora"}}, "leave `lm` out"),
         ({"compress": COMPRESS | {"phases": [PHASE | {"from": 0.5}]}}, "`from: 0`"),
+        ({"compress": COMPRESS | {"init": "nano", "adapters": "copies"}}, "brings its own adapters: remove it"),
+        ({"compress": COMPRESS | {"init": "nano"}}, "'nano' brings its own LM"),
         ({"compress": COMPRESS | {"phases": [PHASE | {"objectives": {"guess": 1}}]}}, "guess"),
         ({"model": {"hidden_size": 30, "intermediate_size": 8, "num_layers": 1, "num_heads": 4}}, "hidden_size"),
     ],
@@ -250,3 +252,31 @@ def test_smoke_recipe_learns_to_copy(tmp_path: Path) -> None:
     last = json.loads((folder / "compress" / "log.jsonl").read_text().splitlines()[-1])["held_out"]
     assert last["accuracy_4x"] > 0.3
     assert Nugget2D.from_pretrained(folder / "model").config.name == "smoke"
+
+
+def test_going_on_from_a_trained_compressor(tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    old = tiny.trained(adapters="copies", window=16, context=64)
+    old.save_pretrained(folder)
+    alone = {"pretrain": None, "model": None, "tokenizer": None}
+    stage = {"init": "old", "tokens": 512, "batch_tokens": 256, "target": 16, "optim": {"lr": 1e-3, "warmup_steps": 0}}
+    path = small_recipe(tmp_path, **alone, compress=stage | {"phases": [PHASE | {"segments": 1}]})
+    out = train(path)
+    new = Nugget2D.from_pretrained(out / "model")
+    assert new.config.name == "tiny" and new.config.flag == old.config.flag
+    # the longest that either has seen
+    assert (new.config.window, new.config.context) == (32, 64)
+    assert new.ids(LINE).tolist() == old.ids(LINE).tolist()
+    first = json.loads((out / "compress" / "log.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 1
+    # two steps of 1e-3: near where it came from, but not there
+    name = "parameters_by_role.encoder.layers.0.self_attn.q_proj.weight"
+    moved = (new.state_dict()[name] - old.state_dict()[name]).abs().max()
+    assert 1e-4 < moved < 1e-2
+
+
+def test_adapters_cannot_go_on_with_plain_lm(tmp_path: Path) -> None:
+    tiny.trained(adapters="lora").save_pretrained(tmp_path / "old")
+    alone = {"pretrain": None, "model": None, "tokenizer": None}
+    with pytest.raises(RecipeError, match="leave `lm` out"):
+        train(small_recipe(tmp_path, **alone, compress=COMPRESS | {"init": "old"}))

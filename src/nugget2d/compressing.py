@@ -12,7 +12,7 @@ from nugget2d.exact import ExactRecord
 from nugget2d.memory import Memory
 from nugget2d.network import Network
 from nugget2d.quality import meet_quality, warn_if_missed
-from nugget2d.refining import REFINE_TOKENS, refine
+from nugget2d.refining import refine, refine_limit
 from nugget2d.segmentation import Piece, split
 from nugget2d.selection import count_nuggets
 from nugget2d.states import StoreDtype
@@ -50,7 +50,7 @@ def compress_texts(
                 return refine(model, encoded, steps, 1.0 if quality is None else quality)
             return measure(model, encoded) if exact else encoded
 
-        limit = REFINE_TOKENS if steps else BATCH_TOKENS
+        limit = refine_limit(model) if steps else BATCH_TOKENS
         limit = min(limit, logits_limit(model)) if steps or exact else limit
         drafts = _in_batches(pieces, limit, work, on_progress)
     if quality is not None:

@@ -1,10 +1,10 @@
 """Gradient steps on the nuggets of one text: what the encoder wrote in one pass, made to read better.
 
-The weights stay as they are; each segment's own keys and values descend the reconstruction loss of its own tokens. A
-retention term holds the predictions of the "continue" prompt near where the encoder's nuggets had them, so that going
-on from a memory pays little for giving it back (docs/LOG.md). The states that are read at every step are those that
-would be kept (rounded to int8 or bfloat16, gradient straight through), so a segment stops at an accuracy that it
-really has.
+The weights stay as they are; each segment's own keys and values descend two losses. Reconstruction: of its own tokens.
+Continuation: what is predicted after the nuggets should be what the LM predicts after the text itself, on continuations
+that it makes up. Without the second, going on from a memory pays for giving it back; with it, it gains (docs/LOG.md).
+The states that are read at every step are those that would be kept (rounded to int8 or bfloat16, gradient straight
+through), so a segment stops at an accuracy that it really has.
 
 At accuracy 1 under teacher forcing every token is the greedy choice given the true ones before it: greedy decoding
 gives the segment back whole. Below 1 the first miss may lead it astray.
@@ -17,19 +17,24 @@ import torch
 from torch import Tensor
 
 from nugget2d.cache import Nuggets
-from nugget2d.encoding import Draft, measure, pad
+from nugget2d.encoding import Draft, logits_limit, measure, pad
+from nugget2d.imagining import imagine
 from nugget2d.losses import token_losses
 from nugget2d.network import Network
 from nugget2d.reading import segment_nuggets
 from nugget2d.states import States, StoreDtype
 
-# Activations of every layer are kept for the gradient: fewer tokens in a batch than elsewhere.
-REFINE_TOKENS = 2048
 # Adam's step, in units of a segment's typical state (docs/LOG.md has the trials).
 STEP = 0.06
-# Weight of the retention term, and how many tokens of an imagined continuation it looks at.
-RETENTION = 16.0
-RETENTION_TOKENS = 48
+# Weight of the continuation loss; how many continuations are imagined, one looked at in each step, and their tokens.
+CONTINUATION = 1.0
+CONTINUATIONS = 8
+CONTINUATION_TOKENS = 48
+
+
+def refine_limit(model: Network) -> int:
+    """Tokens of a batch: fewer than elsewhere, for activations of every layer and expectations of continuations stay."""
+    return max(1, logits_limit(model) // 4)
 
 
 def refine(model: Network, drafts: Sequence[Draft], steps: int, target: float) -> list[Draft]:
@@ -57,6 +62,7 @@ class _Descent:
         self.lengths = torch.tensor([len(draft.piece.ids) for draft in drafts], device=model.device)
         nuggets = segment_nuggets(model, [(draft.memory, 0) for draft in drafts])
         self.valid = nuggets.valid
+        self.imagined = imagine(model, [draft.piece.ids for draft in drafts], CONTINUATIONS, CONTINUATION_TOKENS)
         # keys of all layers, then values: (B, heads, K, head_dim) each
         self.start = [states.float() for states in (*nuggets.keys, *nuggets.values)]
         self.scale = self._scale()
@@ -79,9 +85,9 @@ class _Descent:
             going_on = accuracy < target
             if step == steps or not bool(going_on.any()):
                 break
-            drift = self._drift(rows, states, step)
+            divergence = self._continuation(rows, states, step % CONTINUATIONS)
             # only the states' gradients are computed: those of the weights are neither needed nor touched
-            gradients = torch.autograd.grad((loss + RETENTION * drift)[going_on].sum(), self.change)
+            gradients = torch.autograd.grad((loss + CONTINUATION * divergence)[going_on].sum(), self.change)
             for change, gradient in zip(self.change, gradients, strict=True):
                 change.grad = gradient
             optimizer.step()
@@ -113,25 +119,12 @@ class _Descent:
         loss = (token_losses(logits, ids) * real).sum(1) / lengths
         return loss, ((logits.argmax(-1) == ids) & real).sum(1) / lengths
 
-    def _drift(self, rows: Tensor, states: Sequence[Tensor], step: int) -> Tensor:
-        """(b,) Kullback-Leibler divergence, in nats a token, of the continuation's predictions from what they were.
-
-        What follows a text is not known when it is compressed. Its own tokens are text of its kind: a few of them,
-        others at every step, so that no one continuation is learned by heart.
-        """
-        places = (step * RETENTION_TOKENS + torch.arange(RETENTION_TOKENS - 1, device=rows.device)).expand(
-            len(rows), -1
-        )
-        ids = self.ids[rows].gather(1, places % self.lengths[rows, None])
-
-        def predictions(states: Sequence[Tensor]) -> Tensor:
-            nuggets = self._nuggets(rows, states)
-            logits = self.model.decode(nuggets, ids, prompt="continue", start=self.lengths[rows])
-            return logits.float().log_softmax(-1)
-
-        with torch.no_grad():
-            expected = predictions([start[rows] for start in self.start])
-        return (expected.exp() * (expected - predictions(states))).sum(-1).mean(1)
+    def _continuation(self, rows: Tensor, states: Sequence[Tensor], sample: int) -> Tensor:
+        """(b,) Kullback-Leibler divergence from what the LM expects after the text, in nats a token."""
+        ids, expected = self.imagined.ids[sample, rows], self.imagined.expected[sample, rows]
+        nuggets = self._nuggets(rows, states)
+        logits = self.model.decode(nuggets, ids[:, :-1], prompt="continue", start=self.lengths[rows])
+        return (expected.exp() * (expected - logits.float().log_softmax(-1))).sum(-1).mean(1)
 
     @torch.no_grad()
     def _remember(self, rows: Tensor, states: Sequence[Tensor], loss: Tensor, accuracy: Tensor) -> None:

@@ -100,6 +100,7 @@ class PretrainStage(Stage):
 
 Objective = Literal["reconstruct", "uniform", "continue", "distill", "lm"]
 MemoryKind = Literal["nuggets", "pooled", "slots", "part"]
+FROZEN = "a frozen base cannot learn plain LM: leave `lm` out of the objectives, or use copies"
 # of a compressor to go on from, these are settled
 SETTLED = ("base", "adapters", "lora_rank", "scorer_layer", "memory", "flag", "addressing")
 
@@ -185,9 +186,14 @@ class CompressStage(Stage):
             raise ValueError("give `memory_layers`, the layers to keep, with `memory: part` and with nothing else")
         if self.init is not None and (given := [key for key in SETTLED if key in self.model_fields_set]):
             raise ValueError(f"`init` brings its own {', '.join(given)}: remove {'it' if len(given) == 1 else 'them'}")
-        if self.init is None and self.adapters == "lora" and any("lm" in phase.objectives for phase in self.phases):
-            raise ValueError("a frozen base cannot learn plain LM: leave `lm` out of the objectives, or use copies")
+        if self.init is None and self.adapters == "lora" and self.trains_lm:
+            raise ValueError(FROZEN)
         return self
+
+    @property
+    def trains_lm(self) -> bool:
+        """Whether any phase has plain LM."""
+        return any("lm" in phase.objectives for phase in self.phases)
 
     @property
     def longest_window(self) -> int:

@@ -16,7 +16,7 @@ from nugget2d.pretrained import TOKENIZER_FOLDER, load_base, resolve
 from nugget2d.training.addressing import address_slots
 from nugget2d.training.corpus import Pack, make_pack
 from nugget2d.training.loop import fit
-from nugget2d.training.recipe import CompressStage, MemoryKind, Recipe, ShapeConfig, load_recipe
+from nugget2d.training.recipe import FROZEN, CompressStage, MemoryKind, Recipe, ShapeConfig, load_recipe
 from nugget2d.training.tasks import CompressTask, PretrainTask
 
 MEMORIES: dict[MemoryKind, type[Nugget2D]] = {
@@ -142,6 +142,8 @@ def _language_model(
 def _trained(init: str, name: str, stage: CompressStage) -> Nugget2D:
     """The compressor to go on from, set to what it will have been trained on."""
     model = Nugget2D.from_pretrained(init)
+    if model.config.adapters == "lora" and stage.trains_lm:
+        raise RecipeError(FROZEN)
     changes = {
         "name": name,
         "selection": stage.selection,

@@ -1,0 +1,73 @@
+"""What might follow a text: continuations that the LM makes up having seen all of it, and what it expects in them.
+
+A memory that is to predict as well as the text itself can learn it from these; what really follows is not known when a
+text is compressed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from zlib import crc32
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from nugget2d.network import Network
+
+
+@dataclass(frozen=True, eq=False)
+class Imagined:
+    """Continuations of B texts, `samples` of each.
+
+    Attributes:
+        ids: (samples, B, tokens).
+        expected: (samples, B, tokens, vocabulary) log-probabilities that they were drawn from.
+    """
+
+    ids: Tensor
+    expected: Tensor
+
+
+@torch.no_grad()
+def imagine(model: Network, texts: Sequence[Sequence[int]], samples: int, tokens: int) -> Imagined:
+    """Draw continuations of `texts` (token ids) from the base, at temperature 1.
+
+    The noise of each text is seeded by its tokens: a text gets the same continuations in any batch.
+
+    Raises:
+        InputError: the model has no positions for them (`Network.require_positions`).
+    """
+    model.require_positions(max(map(len, texts)) + tokens - 1)
+    lengths = torch.tensor([len(text) for text in texts])
+    longest = int(lengths.max())
+    # padded on the left: the next token of all rows stands in the same column
+    ids = torch.tensor([[0] * (longest - len(text)) + list(text) for text in texts])
+    mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
+    positions = (torch.arange(longest) - longest + lengths[:, None]).clamp(min=0)
+    noise = [torch.Generator().manual_seed(crc32(torch.tensor(text).numpy().tobytes())) for text in texts]
+    cache = DynamicCache(config=model.lm.config)
+    with model.parameters_by_role.role("base") as lm:
+
+        def forward(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+            ids, mask, positions = (tensor.to(model.device) for tensor in (ids, mask, positions))
+            outputs = lm(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+            return outputs.logits[:, -1].float().log_softmax(-1)
+
+        expected = [forward(ids, mask, positions).repeat_interleave(samples, 0)]
+        cache.batch_repeat_interleave(samples)
+        mask, end = mask.repeat_interleave(samples, 0), lengths.repeat_interleave(samples)[:, None]
+        drawn: list[Tensor] = []
+        while True:
+            size = (samples, expected[0].shape[1])
+            gumbel = torch.cat([-torch.empty(size).exponential_(generator=row).log() for row in noise])
+            drawn.append((expected[-1].cpu() + gumbel).argmax(-1))
+            if len(drawn) == tokens:
+                break
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            expected.append(forward(drawn[-1][:, None], mask, end + len(drawn) - 1))
+
+    def by_sample(steps: list[Tensor]) -> Tensor:
+        rows = torch.stack(steps, 1).to(model.device)
+        return rows.unflatten(0, (len(texts), samples)).transpose(0, 1)
+
+    return Imagined(by_sample(drawn), by_sample(expected))
