@@ -33,7 +33,7 @@ CONTINUATION_TOKENS = 48
 
 
 def refine_limit(model: Network) -> int:
-    """Tokens of a batch: fewer than elsewhere, for activations of every layer and expectations of continuations stay."""
+    """Tokens of a batch: fewer than elsewhere, for activations of all layers and what continuations expect are kept."""
     return max(1, logits_limit(model) // 4)
 
 
