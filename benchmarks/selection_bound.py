@@ -3,9 +3,9 @@ r"""How much better than even spacing could ANY choice of nuggets be? A search w
     python benchmarks/selection_bound.py --data ../shared/data/lm/enwiki2015.val.jsonl.xz \
         --out benchmarks/results/selection-bound.json
 
-From even spacing on, each round tries to move every nugget by up to `--reach` tokens and keeps, in every window, the one
-move that lowers that very window's reconstruction loss most. A scorer cannot know the loss beforehand: what the search
-gains is more than one could learn to gain by as many moves.
+From even spacing on, each round tries to move every nugget by up to `--reach` tokens and keeps, in every window, the
+one move that lowers that very window's reconstruction loss most. A scorer cannot know the loss beforehand: what the
+search gains is more than one could learn to gain by as many moves.
 """
 
 import argparse
