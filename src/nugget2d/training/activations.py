@@ -31,7 +31,7 @@ def recomputed(roles: Parameters) -> Iterator[None]:
     for layers in stacks:
         for index, layer in enumerate(layers):
             # `forward`, not the call: hooks, which sharding works by, stay outside and run once
-            layer.forward = _recomputing(layer.forward, index)
+            layer.forward = _recomputing(layer.forward, index, roles)
     try:
         yield
     finally:
@@ -40,20 +40,19 @@ def recomputed(roles: Parameters) -> Iterator[None]:
                 del layer.forward
 
 
-def _recomputing(forward: Callable[..., Any], index: int) -> Callable[..., Any]:
+def _recomputing(forward: Callable[..., Any], index: int, roles: Parameters) -> Callable[..., Any]:
     def run_and_forget(*args: Any, **kwargs: Any) -> Any:
+        role = roles.current
         cache = next((one for one in (*args, *kwargs.values()) if isinstance(one, DynamicCache)), None)
-        if cache is None:
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        # the first run fills the cache itself; later ones must find what the first one found
-        first, before = [cache], _only_layer(cache, index)
+        before = None if cache is None else _only_layer(cache, index)
+        first = [cache]  # the first run fills the cache itself; later ones find what it found
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = _replace(_Absent, first.pop() if first else _only_layer(before, index), args, kwargs)
-            try:
-                return forward(*args, **kwargs)
-            except AllCollected:  # must not leave a checkpoint half done
-                return _Absent
+            if first:
+                return _finished(forward, *_replace(_Absent, first.pop(), args, kwargs))
+            again = None if before is None else _only_layer(before, index)
+            with roles.role(role):
+                return _finished(forward, *_replace(_Absent, again, args, kwargs))
 
         args, kwargs = _replace(cache, _Absent, args, kwargs)
         output = checkpoint(run, *args, use_reentrant=False, **kwargs)
@@ -62,6 +61,14 @@ def _recomputing(forward: Callable[..., Any], index: int) -> Callable[..., Any]:
         return output
 
     return run_and_forget
+
+
+def _finished(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `forward` returns; `_Absent` from the encoder's last layer, which must not leave a checkpoint half done."""
+    try:
+        return forward(*args, **kwargs)
+    except AllCollected:
+        return _Absent
 
 
 class _Absent:

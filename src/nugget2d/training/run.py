@@ -57,6 +57,7 @@ def train(recipe_path: Path, *, out: Path | None = None, fresh: bool = False) ->
             state = whole(model.state_dict(keep_vars=True), processes)
             if processes.first:
                 pretrained.save(model, folder / "model", torch.bfloat16, state=state)
+        processes.wait()
     return folder
 
 

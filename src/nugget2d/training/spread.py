@@ -56,6 +56,7 @@ class Shards:
             processes: who gets a part.
             keep_layers: keep gathered layers until the backward pass, for losses that read weights themselves.
         """
+        self.processes = processes
         mesh = init_device_mesh(processes.device.type, (processes.count,))
         depths = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
         for layer in (layer for layers in depths for layer in layers):
@@ -98,7 +99,7 @@ def whole(state: dict[str, Any], processes: Processes) -> dict[str, Any]:
         if not isinstance(value, DTensor):
             return value.detach() if isinstance(value, Tensor) else value
         if id(value) not in gathered:
-            tensor = value.detach().full_tensor()
+            tensor = cast(DTensor, value.detach()).full_tensor()
             gathered[id(value)] = tensor.cpu() if processes.first else None
         return gathered[id(value)]
 

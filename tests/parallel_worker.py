@@ -1,0 +1,16 @@
+"""What torchrun starts in test_parallel.py: one training after the other, each given as RECIPE:OUT."""
+
+import functools
+import sys
+
+import torch
+
+from nugget2d.cli.app import app
+
+torch.set_num_threads(1)
+# in bfloat16, sums in another order would soon be another curve
+torch.autocast = functools.partial(torch.autocast, enabled=False)
+
+for run in sys.argv[1:]:
+    recipe, out = run.split(":")
+    app(["train", recipe, "--out", out], standalone_mode=False)
