@@ -83,7 +83,9 @@ def torchrun(*pairs: str) -> None:
     worker = Path(__file__).parent / "parallel_worker.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, *pairs], env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [*command, *pairs], env=environment, capture_output=True, text=True, check=False, timeout=400
+    )
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("2 x cpu") == len(pairs)  # one process prints, and knows of two
 

@@ -10,7 +10,6 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import tiny
 from nugget2d import Nugget2D
 from nugget2d.errors import RecipeError
 from nugget2d.training.corpus import Pack, documents, make_pack

@@ -49,17 +49,21 @@ def alone() -> Processes:
 def together() -> Iterator[Processes]:
     """Within the block, all that torchrun started can exchange tensors; without torchrun, `alone`.
 
-    Each takes the GPU of its number on its machine, or computes on the CPU (gloo).
+    Each takes the GPU of its number on its machine, or computes on the CPU (gloo). Processes that are together already
+    stay so.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield alone()
         return
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None)
+    outermost = not dist.is_initialized()
+    if outermost:
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None)
     try:
         yield Processes(device, dist.get_rank(), dist.get_world_size())
     finally:
-        dist.destroy_process_group()
+        if outermost:
+            dist.destroy_process_group()

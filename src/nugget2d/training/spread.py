@@ -44,7 +44,8 @@ class Replicas:
 class Shards:
     """Every process has a part of each weight; a layer is gathered when it runs, and its gradients are averaged.
 
-    torch's `fully_shard`, for each transformer layer and for the rest together. Weights are gathered in the precision
+    torch's `fully_shard`, for each transformer layer but the last and for the rest together, which stays gathered from
+    the forward pass to the end of the backward pass. Weights are gathered in the precision
     they are kept in, so that autocast computes what it does in one process.
     """
 
@@ -58,9 +59,10 @@ class Shards:
         """
         self.processes = processes
         mesh = init_device_mesh(processes.device.type, (processes.count,))
-        depths = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
-        for layer in (layer for layers in depths for layer in layers):
-            fully_shard(layer, mesh=mesh, reshard_after_forward=not keep_layers)
+        for layers in [one for one in module.modules() if isinstance(one, nn.ModuleList)]:
+            # not the last: the encoder's pass ends within it, and torch gathers by what goes into and out of a layer
+            for layer in layers[:-1]:
+                fully_shard(layer, mesh=mesh, reshard_after_forward=not keep_layers)
         self._entry = _Entry(module)
         fully_shard(self._entry, mesh=mesh)
 
