@@ -32,8 +32,6 @@ from nugget2d.training.tasks import CompressTask
 WAYS: dict[str, dict[str, bool]] = {
     "as it is": {},
     "checkpoint_activations": {"checkpoint_activations": True},
-    "offload_activations": {"offload_activations": True},
-    "both": {"checkpoint_activations": True, "offload_activations": True},
 }
 CAPACITY = 80 * GIB
 
@@ -110,10 +108,7 @@ def _loss(task: CompressTask, number: int) -> torch.Tensor:
 
 
 def kept_bytes(task: CompressTask) -> int:
-    """Bytes of all distinct tensors that autograd holds after a forward pass, without weights.
-
-    What is offloaded stays in the same memory where there is no GPU, and is packed by hooks nearer to it: it counts 0.
-    """
+    """Bytes of all distinct tensors that autograd holds after a forward pass, without weights."""
     weights = {parameter.data_ptr() for parameter in task.module.parameters()}
     kept: dict[int, int] = {}
     alive = []
