@@ -24,7 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from nugget2d import Nugget2D
 from nugget2d.evaluation.report import markdown_table, write_report
-from nugget2d.training.arithmetic import GIB, SHAPES, training_cost
+from nugget2d.training.arithmetic import GIB, SHAPES, training_cost, training_flops
 from nugget2d.training.corpus import Pack
 from nugget2d.training.recipe import CompressStage
 from nugget2d.training.tasks import CompressTask
@@ -34,6 +34,7 @@ WAYS: dict[str, dict[str, bool]] = {
     "checkpoint_activations": {"checkpoint_activations": True},
 }
 CAPACITY = 80 * GIB
+FLOPS = 4e14  # of one GPU in bfloat16: 40 % of the peak of an H100, an assumption
 
 
 def main() -> None:
@@ -132,6 +133,7 @@ def compute(name: str, tokens: int, ratio: float) -> list[dict[str, Any]]:
         for checkpoint in (False, True):
             cost = training_cost(SHAPES[name], adapters, tokens=tokens, ratio=ratio, checkpoint=checkpoint)
             gpus = cost.gpus(CAPACITY)
+            operations = training_flops(SHAPES[name], adapters, checkpoint=checkpoint)
             rows.append(
                 {
                     "lm": name,
@@ -142,6 +144,7 @@ def compute(name: str, tokens: int, ratio: float) -> list[dict[str, Any]]:
                     "gathered_gib": round(cost.gathered / GIB, 1),
                     "activations_gib": round(cost.activations / GIB, 1),
                     "nuggets_mib": round(cost.nuggets / 2**20, 1),
+                    "gpu_us_per_token": round(1e6 * operations / FLOPS, 1),
                     "gpus": gpus or "none",
                     "per_gpu_gib": round(cost.per_gpu(gpus) / GIB, 1) if gpus else "-",
                 }

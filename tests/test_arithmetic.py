@@ -1,12 +1,17 @@
 """The arithmetic of training against models that exist."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
 from nugget2d import Nugget2D
-from nugget2d.training.arithmetic import GIB, SHAPES, Shape, layer_activations, training_cost
+from nugget2d.training.activations import recomputed
+from nugget2d.training.arithmetic import GIB, SHAPES, Shape, layer_activations, training_cost, training_flops
+from nugget2d.training.objectives import reconstruct_loss
 
 TOKENS = 257
 
@@ -71,3 +76,16 @@ def test_more_gpus_carry_more() -> None:
     assert costs["70B"].gpus(20 * GIB) == 0  # what every GPU must have does not fit
     with_all = training_cost(SHAPES["8B"], "lora", tokens=4096, ratio=10.0, checkpoint=False)
     assert with_all.activations > 3 * costs["8B"].activations
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("adapters", tiny.ADAPTERS)
+def test_operations_are_those_that_torch_counts(adapters: str, checkpoint: bool) -> None:
+    base = tiny.lm("llama", num_hidden_layers=12, hidden_size=64, intermediate_size=160)
+    model = Nugget2D.from_base(base, tiny.tokenizer(), adapters=adapters, lora_rank=1, scorer_layer=1, window=32)
+    context = recomputed(model.parameters_by_role) if checkpoint else nullcontext()
+    with FlopCounterMode(display=False) as counter, context:
+        reconstruct_loss(model, tiny.random_ids(2, 16), [2, 2], "even", torch.Generator())[0].backward()
+    # a layer that runs again stops before its last product, the encoder before the end of its last layer
+    wanted = training_flops(shape_of(model), adapters, checkpoint=checkpoint)  # type: ignore[arg-type]
+    assert counter.get_total_flops() / 32 == pytest.approx(wanted, rel=0.12)

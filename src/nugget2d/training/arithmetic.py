@@ -138,3 +138,14 @@ def training_cost(
     passes = 2 * shape.layers * (4 * shape.hidden if checkpoint else one_layer) + (one_layer if checkpoint else 0)
     logits = (2 + 4 + 4 + 4) * shape.vocabulary  # bfloat16, float32, log-softmax, and a gradient
     return Cost(frozen, OPTIMIZED * trained, gathered, tokens * (passes + logits) + nuggets, nuggets)
+
+
+def training_flops(shape: Shape, adapters: Adapters, *, checkpoint: bool) -> int:
+    """Floating point operations for each token of autoencoding, attention's own products left out (windows are short).
+
+    Two for each weight in the forward pass, two more for the gradient of its input and two for its own, which a frozen
+    weight has not; a layer that runs again costs its forward pass again.
+    """
+    each = 4 if adapters == "lora" else 6
+    layers = 2 * shape.layers * shape.layer_weights  # encoder and decoder
+    return each * (layers + shape.vocabulary * shape.hidden) + (2 * layers if checkpoint else 0)

@@ -1,6 +1,7 @@
 """What the loop trains: a language model from scratch, or a compressor."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -87,22 +88,28 @@ class CompressTask:
         ids = self._draw((segments if going_on or objective == "lm" else 1) * length + stage.target * going_on, own)
         ratios = [sample_ratio(progress, stage.ratios, own) if stage.mixed_ratios else ratio for _ in ids]
         counts = [count_nuggets([length], one)[0] for one in ratios]
-        with ExitStack() as kept:
-            if stage.offload_activations:
-                kept.enter_context(offloaded())
-            if stage.checkpoint_activations:
-                kept.enter_context(recomputed(self.model.parameters_by_role))
+        if objective == "uniform":
+            ids = torch.randint(len(self.model.tokenizer), ids.shape, generator=own).to(ids.device)
+        with self._activations():
             if objective == "lm":
                 loss = lm_loss(self.model, ids)
             elif going_on:
                 loss = GOING_ON[objective](self.model, ids, segments, length, counts, selection, own)
             else:
-                if objective == "uniform":
-                    ids = torch.randint(len(self.model.tokenizer), ids.shape, generator=own).to(ids.device)
                 loss, encoded = reconstruct_loss(self.model, ids, counts, selection, own)
                 if stage.readout:
                     loss = loss + stage.readout * readout_loss(self.model, encoded, ids)
         return loss, {f"loss_{objective}": float(loss.detach())}
+
+    @contextmanager
+    def _activations(self) -> Iterator[None]:
+        """A context in which the stage's wishes for activations hold."""
+        with ExitStack() as wishes:
+            if self.stage.offload_activations:
+                wishes.enter_context(offloaded())
+            if self.stage.checkpoint_activations:
+                wishes.enter_context(recomputed(self.model.parameters_by_role))
+            yield
 
     def _draw(self, length: int, generator: torch.Generator) -> Tensor:
         ids = self.train.windows(max(1, self.stage.batch_tokens // length), length, generator)
