@@ -104,7 +104,7 @@ def test_slots_are_so_many_as_asked_and_see_the_whole_text(slots: Nugget2D) -> N
 
 
 def test_gradient_reaches_the_slots_in_use_and_no_others(slots: Nugget2D) -> None:
-    loss, _ = reconstruct_loss(slots, tiny.random_ids(2, 16), 4, "even", torch.Generator())
+    loss, _ = reconstruct_loss(slots, tiny.random_ids(2, 16), [4, 4], "even", torch.Generator())
     loss.backward()
     assert slots.slots.grad is not None
     assert slots.slots.grad[:4].abs().sum(1).gt(0).all() and not slots.slots.grad[4:].any()
@@ -166,7 +166,7 @@ def test_baselines_train_by_every_objective_and_are_measured(tmp_path: Path, kin
 def test_distillation_is_both_divergences_from_the_lm_with_the_whole_context() -> None:
     model = tiny.trained("llama", "copies")
     ids = tiny.random_ids(2, 24)
-    loss = distill_loss(model, ids, 1, 16, 4, "even", torch.Generator())
+    loss = distill_loss(model, ids, 1, 16, [4, 4], "even", torch.Generator())
     weight = model.lm.lm_head.weight
     (gradient,) = torch.autograd.grad(loss, weight)
 
@@ -192,5 +192,5 @@ def test_distillation_is_zero_for_a_student_that_predicts_what_its_teacher_does(
         return everything[:, -tokens.shape[1] - 1 :] if prompt else everything
 
     monkeypatch.setattr(llama, "decode", all_seeing)
-    assert distill_loss(llama, ids, 1, 16, 4, "even", torch.Generator()).item() == pytest.approx(0, abs=1e-6)
-    assert continue_loss(llama, ids, 1, 16, 4, "even", torch.Generator()) > 1
+    assert distill_loss(llama, ids, 1, 16, [4, 4], "even", torch.Generator()).item() == pytest.approx(0, abs=1e-6)
+    assert continue_loss(llama, ids, 1, 16, [4, 4], "even", torch.Generator()) > 1

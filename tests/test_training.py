@@ -2,7 +2,6 @@
 
 import json
 import lzma
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,9 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import tiny
 from nugget2d import Nugget2D
 from nugget2d.errors import RecipeError
 from nugget2d.training.corpus import Pack, documents, make_pack
-from nugget2d.training.objectives import continue_loss, recomputed
 from nugget2d.training.recipe import OptimConfig, RatioConfig, Source, load_recipe
 from nugget2d.training.run import fit_recipe, train
 from nugget2d.training.schedule import choose, learning_rate_factor, sample_ratio
@@ -178,27 +175,6 @@ def test_training_resumes_to_the_same_curve(tmp_path: Path, monkeypatch: pytest.
     text = "the keeper of the light wrote in his book"
     memory = model.compress(text, ratio=1, exact=True)
     assert model.reconstruct(memory) == text
-
-
-def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
-    plain = small_recipe(tmp_path, pretrain=None)
-    first = train(plain, out=tmp_path / "plain")
-    content = yaml.safe_load(plain.read_text())
-    content["compress"]["checkpoint_activations"] = True
-    plain.write_text(yaml.safe_dump(content))
-    second = train(plain, out=tmp_path / "recomputed")
-    log = Path("compress") / "log.jsonl"
-    assert losses(second / log) == pytest.approx(losses(first / log), abs=1e-3)
-
-
-def test_recomputation_draws_the_same_random_nuggets() -> None:
-    def gradient(run: Callable[..., torch.Tensor]) -> torch.Tensor:
-        model, generator = tiny.trained("llama", "copies"), torch.Generator().manual_seed(3)
-        run(continue_loss, model, tiny.random_ids(2, 32), 1, 24, 4, "random", generator).backward()
-        return model.flag.grad
-
-    plain = gradient(lambda loss, *arguments: loss(*arguments))
-    assert torch.allclose(gradient(recomputed), plain, atol=1e-6)
 
 
 @pytest.mark.parametrize(("rate", "frozen"), [(0, True), (3e-3, False)])

@@ -77,10 +77,11 @@ class CollectingCache(DynamicCache):
 def gather_nuggets(cache: DynamicCache, index: Tensor, valid: Tensor, bias: Tensor | None = None) -> Nuggets:
     """The states of the tokens at `index` (B, K) at every layer of `cache`; padding becomes zero."""
     full = bool(valid.all())
+    rows = torch.arange(len(index), device=index.device)[:, None]
 
     def pick(states: Tensor) -> Tensor:
-        heads, width = states.shape[1], states.shape[3]
-        picked = states.gather(2, index[:, None, :, None].expand(-1, heads, -1, width))
+        # indexing, not `gather`: that one keeps all of `states` for its backward pass
+        picked = states[rows, :, index].transpose(1, 2).contiguous()
         return picked if full else picked * valid[:, None, :, None].to(picked.dtype)
 
     keys, values = cached_states(cache)

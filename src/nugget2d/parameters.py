@@ -54,14 +54,19 @@ class Parameters(nn.Module, ABC):
     """One causal LM seen in three roles.
 
     "encoder" computes nuggets, "decoder" reads them, "base" is the LM as it was (adapters off), which feeds the scorer.
+
+    Attributes:
+        lm: the LM.
+        current: the role it is in.
     """
 
     lm: PreTrainedModel
 
     def __init__(self) -> None:
-        """Nothing but the lock."""
+        """In the role "base"."""
         super().__init__()
         self._lock = _Lock()
+        self.current: Role = "base"
 
     @contextmanager
     def role(self, role: Role) -> Iterator[PreTrainedModel]:
@@ -70,7 +75,11 @@ class Parameters(nn.Module, ABC):
         One thread at a time: a role is state of the shared modules, and a stream generates in a thread of its own.
         """
         with self._lock, self._switched(role) as module:
-            yield module
+            previous, self.current = self.current, role
+            try:
+                yield module
+            finally:
+                self.current = previous
 
     @abstractmethod
     def _switched(self, role: Role) -> AbstractContextManager[PreTrainedModel]:
@@ -146,7 +155,7 @@ class LoraParameters(Parameters):
     @contextmanager
     def _switched(self, role: Role) -> Iterator[PreTrainedModel]:
         """The previous role comes back at the end of the block."""
-        previous = self._role
+        previous = self.current
         self._activate(role)
         try:
             yield self.body if role == "encoder" else self.lm
@@ -166,7 +175,6 @@ class LoraParameters(Parameters):
         return [parameter for half in halves for parameter in half.parameters()]
 
     def _activate(self, role: Role) -> None:
-        self._role: Role = role
         for tuner in self._tuners:
             if role == "base":
                 tuner.enable_adapters(False)

@@ -8,7 +8,7 @@ nugget2d.safetensors   scorer, soft prompts, flag, and the encoder copy or both 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -130,14 +130,21 @@ def load(
         missing, unexpected = model.load_state_dict({k: v.float() for k, v in own.items()}, strict=False)
     except RuntimeError as error:
         raise ModelError(f"{folder / WEIGHTS_FILE} does not fit its configuration: {error}") from error
-    wanted = set(_own_state(model))
+    wanted = set(_own_state(model, model.state_dict()))
     if unexpected or wanted & set(missing):
         raise ModelError(f"{folder / WEIGHTS_FILE} does not fit its configuration: {unexpected or missing}")
     return model
 
 
-def save(model: Network, folder: Path | str, dtype: torch.dtype | None = None, *, base: bool = True) -> None:
-    """See `Nugget2D.save_pretrained`.
+def save(
+    model: Network,
+    folder: Path | str,
+    dtype: torch.dtype | None = None,
+    *,
+    base: bool = True,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """See `Nugget2D.save_pretrained`; `state` are all weights, where the model itself has parts of them only.
 
     Raises:
         InputError: the base cannot be left out, or cannot be written.
@@ -147,6 +154,7 @@ def save(model: Network, folder: Path | str, dtype: torch.dtype | None = None, *
     if base and is_quantized(lm):
         raise InputError("a quantized base cannot be written; save the adapters alone with base=False")
     record = None if base else _record_of(model)
+    state = model.state_dict() if state is None else state
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -157,10 +165,10 @@ def save(model: Network, folder: Path | str, dtype: torch.dtype | None = None, *
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: keep(tensor) for name, tensor in _own_state(model).items()}, folder / WEIGHTS_FILE)
+        save_file({name: keep(tensor) for name, tensor in _own_state(model, state).items()}, folder / WEIGHTS_FILE)
         if record is None:
-            state = {name: keep(tensor) for name, tensor in _base_state(model).items()}
-            lm.save_pretrained(folder / BASE_FOLDER, state_dict=state)
+            lm_state = {name: keep(tensor) for name, tensor in _base_state(model, state).items()}
+            lm.save_pretrained(folder / BASE_FOLDER, state_dict=lm_state)
             (folder / BASE_FILE).unlink(missing_ok=True)
         else:
             (folder / BASE_FILE).write_text(record.model_dump_json(indent=2) + "\n")
@@ -196,26 +204,26 @@ def _record_of(model: Network) -> _BaseRecord:
 
 
 def _base_digest(model: Network) -> str:
-    return fingerprint("", _base_state(model), model.tokenizer).model
+    return fingerprint("", _base_state(model, model.state_dict()), model.tokenizer).model
 
 
 _LM = "parameters_by_role.lm."
 _SHARED = "parameters_by_role.encoder."
 
 
-def _base_state(model: Network) -> dict[str, Tensor]:
-    """The weights of the LM under their own names, as if there were no adapters."""
-    own = _own_state(model)
-    state = {k: v for k, v in model.state_dict().items() if k.startswith(_LM) and k not in own}
-    return {name.removeprefix(_LM).replace(".base_layer.", "."): tensor for name, tensor in state.items()}
+def _base_state(model: Network, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the LM, out of those of `model`, under their own names, as if there were no adapters."""
+    own = _own_state(model, state)
+    base = {k: v for k, v in state.items() if k.startswith(_LM) and k not in own}
+    return {name.removeprefix(_LM).replace(".base_layer.", "."): tensor for name, tensor in base.items()}
 
 
-def _own_state(model: Network) -> dict[str, Tensor]:
+def _own_state(model: Network, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Everything that is not the base: scorer, prompts, flag, encoder copy (without shared embeddings), adapters."""
     shared = {id(p) for p in model.lm.get_input_embeddings().parameters()}
     names = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in shared}
     return {
         name: tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in state.items()
         if (not name.startswith(_LM) or ".lora_" in name) and not (name.startswith(_SHARED) and name in names)
     }

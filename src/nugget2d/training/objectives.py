@@ -3,13 +3,10 @@
 All take (B, n) ids on the model's device and return mean nats per token.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from nugget2d.cache import Nuggets
 from nugget2d.config import SelectionName
@@ -18,11 +15,11 @@ from nugget2d.network import Encoded, Network
 
 
 def reconstruct_loss(
-    model: Network, ids: Tensor, count: int, selection: SelectionName, generator: torch.Generator
+    model: Network, ids: Tensor, counts: Sequence[int], selection: SelectionName, generator: torch.Generator
 ) -> tuple[Tensor, Encoded]:
-    """Autoencoding: predict every token of a window from its `count` nuggets."""
+    """Autoencoding: predict every token of a window from its nuggets, `counts` (B) of them."""
     batch, length = ids.shape
-    encoded = model.encode(ids, [length] * batch, [count] * batch, selection=selection, generator=generator)
+    encoded = model.encode(ids, [length] * batch, counts, selection=selection, generator=generator)
     logits = model.decode(encoded.nuggets, ids[:, :-1], prompt="reconstruct")
     return token_losses(logits, ids).mean(), encoded
 
@@ -32,13 +29,15 @@ def continue_loss(
     ids: Tensor,
     segments: int,
     length: int,
-    count: int,
+    counts: Sequence[int],
     selection: SelectionName,
     generator: torch.Generator,
 ) -> Tensor:
-    """Continuation: `segments` windows of `length` tokens are compressed one by one to `count` nuggets each and joined;
-    predict what follows them."""
-    logits = _continuation(model, ids, segments, length, count, selection, generator)
+    """Continuation: `segments` windows of `length` tokens are compressed one by one and joined; predict what follows.
+
+    Row i has counts[i] nuggets in each of its segments.
+    """
+    logits = _continuation(model, ids, segments, length, counts, selection, generator)
     return token_losses(logits, ids[:, segments * length :]).mean()
 
 
@@ -47,7 +46,7 @@ def distill_loss(
     ids: Tensor,
     segments: int,
     length: int,
-    count: int,
+    counts: Sequence[int],
     selection: SelectionName,
     generator: torch.Generator,
 ) -> Tensor:
@@ -56,7 +55,7 @@ def distill_loss(
     Mean of forward and reverse Kullback-Leibler divergence of the predictions (KV-Distill, arXiv 2503.10337). No
     gradient reaches the teacher; with copies it is the decoder's own weights, so `lm` must be trained beside it.
     """
-    student = _continuation(model, ids, segments, length, count, selection, generator).float().log_softmax(-1)
+    student = _continuation(model, ids, segments, length, counts, selection, generator).float().log_softmax(-1)
     with torch.no_grad():
         teacher = model.decode(None, ids[:, :-1], prompt=None)[:, segments * length - 1 :].float().log_softmax(-1)
     difference = teacher - student
@@ -68,7 +67,7 @@ def _continuation(
     ids: Tensor,
     segments: int,
     length: int,
-    count: int,
+    counts: Sequence[int],
     selection: SelectionName,
     generator: torch.Generator,
 ) -> Tensor:
@@ -76,7 +75,8 @@ def _continuation(
     batch = len(ids)
     context, target = ids[:, : segments * length], ids[:, segments * length :]
     rows = context.reshape(batch * segments, length)
-    encoded = model.encode(rows, [length] * len(rows), [count] * len(rows), selection=selection, generator=generator)
+    each = [count for count in counts for _ in range(segments)]
+    encoded = model.encode(rows, [length] * len(rows), each, selection=selection, generator=generator)
     nuggets = join_rows(model, encoded.nuggets, batch, segments, length)
     return model.decode(nuggets, target[:, :-1], prompt="continue", start=segments * length)
 
@@ -98,21 +98,5 @@ def join_rows(model: Network, nuggets: Nuggets, batch: int, segments: int, lengt
 
     shift = torch.arange(segments, device=nuggets.keys[0].device).repeat(batch) * length
     keys = model.rotation(nuggets.keys, shift[:, None].expand(-1, nuggets.count))
-    bias = None if nuggets.bias is None else nuggets.bias.reshape(batch, -1)
-    return replace(nuggets, keys=[merge(k) for k in keys], values=[merge(v) for v in nuggets.values], bias=bias)
-
-
-def recomputed(loss: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """`loss(*arguments)` keeping no activations: the whole pass runs again in the backward pass.
-
-    The encoder's keys and values are inside, so nothing is lost (per-layer checkpointing inside transformers drops the
-    cache). The last argument is the generator, which must draw the same nuggets again.
-    """
-    generator: torch.Generator = arguments[-1]
-    state = generator.get_state()
-
-    def run() -> Tensor:
-        generator.set_state(state)
-        return loss(*arguments)
-
-    return checkpoint(run, use_reentrant=False)
+    valid, bias = (None if one is None else one.reshape(batch, -1) for one in (nuggets.valid, nuggets.bias))
+    return Nuggets([merge(k) for k in keys], [merge(v) for v in nuggets.values], valid, bias)

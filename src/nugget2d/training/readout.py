@@ -18,14 +18,15 @@ def readout_loss(model: Network, encoded: Encoded, ids: Tensor) -> Tensor:
 
     Args:
         model: two copies of a Llama-shaped LM.
-        encoded: the nuggets of `ids`, unpadded.
+        encoded: the nuggets of `ids`.
         ids: (B, n).
 
     Logits are taken over the tokens that occur in the batch, not the whole vocabulary: to tell those apart is enough,
     and several times cheaper.
     """
     layout, norm = slot_layout(model), final_norm(model.lm)
-    gaps = torch.diff(encoded.index, prepend=encoded.index.new_full((len(ids), 1), -1), dim=1)
+    ends = encoded.index.masked_fill(~encoded.valid, -1)  # padding has no gap, and so no slots
+    gaps = torch.diff(ends, prepend=ends.new_full((len(ids), 1), -1), dim=1)
     words, numbers = torch.unique(ids, return_inverse=True)
     embeddings = model.embed(words)
     losses = []

@@ -74,7 +74,7 @@ class Stage(Frozen):
 
     Give exactly one budget: `tokens`, or `minutes` for the same recipe on machines of different speed (the learning
     rate then follows the clock, so only a budget in tokens makes the very same curve again). A step takes
-    `batch_tokens * accumulate` tokens.
+    `batch_tokens * accumulate` tokens: `accumulate` micro-batches, which several processes share out evenly.
     """
 
     tokens: int | None = Field(default=None, ge=1)
@@ -106,7 +106,7 @@ SETTLED = ("base", "adapters", "lora_rank", "scorer_layer", "memory", "flag", "a
 
 
 class Phase(Frozen):
-    """A part of the run, from the point `from` (0 to 1) on: what each micro-batch draws, as value -> weight.
+    """A part of the run, from the point `from` (0 to 1) on: what each step draws, as value -> weight.
 
     Attributes:
         objectives: "reconstruct" is autoencoding of text, "uniform" of tokens drawn evenly from the vocabulary (text
@@ -155,10 +155,12 @@ class CompressStage(Stage):
         memory_layers: the layers, from 0, that memory "part" keeps.
         flag: add a learned vector to the input embedding of nuggets.
         phases: what is trained when; the first starts at 0.
+        mixed_ratios: every row of a micro-batch draws a ratio of its own; else a step draws one for all.
         target: tokens to predict in continuation.
         readout: weight of the slot read-out loss (readout.py); 0 turns it off.
         addressing: start with attention biases that address slots by distance (addressing.py).
-        checkpoint_activations: recompute encoder and decoder in the backward pass to save memory.
+        checkpoint_activations: run each layer again in the backward pass instead of keeping what it computed.
+        offload_activations: keep what the backward pass needs in the host's memory.
     """
 
     base: str | None = None
@@ -172,10 +174,12 @@ class CompressStage(Stage):
     flag: bool = True
     phases: tuple[Phase, ...] = Field(min_length=1)
     ratios: RatioConfig = RatioConfig()
+    mixed_ratios: bool = False
     target: int = Field(default=64, ge=1)
     readout: float = Field(default=0.0, ge=0)
     addressing: bool = False
     checkpoint_activations: bool = False
+    offload_activations: bool = False
 
     @model_validator(mode="after")
     def _learnable(self) -> "CompressStage":
@@ -211,7 +215,10 @@ class CompressStage(Stage):
 
 
 class Recipe(Frozen):
-    """One run: data, an LM from scratch (or a base), and one or two stages."""
+    """One run: data, an LM from scratch (or a base), and one or two stages.
+
+    `parallel` says what several processes (torchrun) do with the weights: "ddp" keeps all in each, "fsdp" shards them.
+    """
 
     name: str
     seed: int = 0
@@ -221,6 +228,7 @@ class Recipe(Frozen):
     model: ShapeConfig | None = None
     pretrain: PretrainStage | None = None
     compress: CompressStage | None = None
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     save_minutes: float = Field(default=5.0, gt=0)
 
     @model_validator(mode="after")

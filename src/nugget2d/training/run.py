@@ -7,16 +7,18 @@ from rich.console import Console
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from nugget2d import pretrained
 from nugget2d.baselines.part import PartMemory
 from nugget2d.baselines.pooled import PooledMemory
 from nugget2d.baselines.slots import SlotMemory
 from nugget2d.errors import RecipeError
 from nugget2d.model import Nugget2D
-from nugget2d.pretrained import TOKENIZER_FOLDER, load_base, resolve
 from nugget2d.training.addressing import address_slots
 from nugget2d.training.corpus import Pack, make_pack
 from nugget2d.training.loop import fit
+from nugget2d.training.processes import Processes, alone, together
 from nugget2d.training.recipe import FROZEN, CompressStage, MemoryKind, Recipe, ShapeConfig, load_recipe
+from nugget2d.training.spread import Replicas, Shards, Spread, whole
 from nugget2d.training.tasks import CompressTask, PretrainTask
 
 MEMORIES: dict[MemoryKind, type[Nugget2D]] = {
@@ -49,13 +51,25 @@ def train(recipe_path: Path, *, out: Path | None = None, fresh: bool = False) ->
         )
     home = recipe_path.parent
     folder = out or home / recipe.out
-    model = fit_recipe(recipe, home, folder, pack=folder / "pack", fresh=fresh)
-    if model is not None:
-        model.save_pretrained(folder / "model", dtype=torch.bfloat16)
+    with together() as processes:
+        model = fit_recipe(recipe, home, folder, pack=folder / "pack", fresh=fresh, processes=processes)
+        if model is not None:
+            state = whole(model.state_dict(keep_vars=True), processes)
+            if processes.first:
+                pretrained.save(model, folder / "model", torch.bfloat16, state=state)
+        processes.wait()
     return folder
 
 
-def fit_recipe(recipe: Recipe, home: Path, folder: Path, *, pack: Path, fresh: bool = False) -> Nugget2D | None:
+def fit_recipe(
+    recipe: Recipe,
+    home: Path,
+    folder: Path,
+    *,
+    pack: Path,
+    fresh: bool = False,
+    processes: Processes | None = None,
+) -> Nugget2D | None:
     """Run every stage of a recipe whose paths are relative to `home`; returns the compressor, if it trains one.
 
     Args:
@@ -64,37 +78,51 @@ def fit_recipe(recipe: Recipe, home: Path, folder: Path, *, pack: Path, fresh: b
         folder: gets `pretrain/`, `compress/` and `base/` as in `train`.
         pack: where the data pack lies, or is made.
         fresh: start over, ignoring checkpoints.
+        processes: who trains; None is this process alone.
 
     Raises:
         RecipeError: the recipe or its data is wrong; the message names the key and the remedy.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processes = processes or alone()
     torch.manual_seed(recipe.seed)
-    console = Console(stderr=True)
-    console.print(f"{recipe.name}: {device}, results in {folder}")
+    console = Console(stderr=True, quiet=not processes.first)
+    device = processes.device.type
+    console.print(f"{recipe.name}: {processes.count} x {device}, results in {folder}")
+    if not processes.first:
+        processes.wait()
     tokenizer = prepare_pack(recipe, home, pack)
+    if processes.first:
+        processes.wait()
     packs = Pack(pack / "train.bin"), Pack(pack / "held_out.bin")
     console.print(f"{len(packs[0]):,} training tokens, {len(packs[1]):,} held out")
     if recipe.compress is not None and recipe.compress.init is not None:
-        model = _trained(_local(recipe.compress.init, home), recipe.name, recipe.compress)
+        model = _trained(_local(recipe.compress.init, home), recipe.name, recipe.compress, processes.device)
         _choose_attention(model, device)
     else:
-        lm = _language_model(recipe, folder, tokenizer, packs, _base(recipe, home), device, fresh)
+        lm = _language_model(recipe, folder, tokenizer, packs, _base(recipe, home), processes, fresh)
         if recipe.compress is None:
             return None
         model = _wrap(lm, tokenizer, recipe, recipe.compress, packs[0])
     if device == "cuda":
         compile_blocks(model.parameters_by_role)
-    task = CompressTask(model.to(device), recipe.compress, *packs)
-    fit(task, folder / "compress", seed=recipe.seed, save_minutes=recipe.save_minutes, fresh=fresh)
+    task = CompressTask(model, recipe.compress, *packs)
+    spread = _spread(model, recipe, processes, keep_layers=recipe.compress.readout > 0)
+    fit(task, spread, folder / "compress", seed=recipe.seed, save_minutes=recipe.save_minutes, fresh=fresh)
     return model.eval()
+
+
+def _spread(module: nn.Module, recipe: Recipe, processes: Processes, *, keep_layers: bool) -> Spread:
+    """What `recipe.parallel` says, where there are several processes."""
+    if recipe.parallel == "ddp" or processes.count == 1:
+        return Replicas(module, processes)
+    return Shards(module, processes, keep_layers=keep_layers)
 
 
 def prepare_pack(recipe: Recipe, home: Path, pack: Path) -> PreTrainedTokenizerBase:
     """Make (or reuse) the data pack of a recipe whose paths are relative to `home`; returns its tokenizer."""
     stage = recipe.compress
     if stage is not None and stage.init is not None:
-        place: str | None = str(resolve(_local(stage.init, home)) / TOKENIZER_FOLDER)
+        place: str | None = str(pretrained.resolve(_local(stage.init, home)) / pretrained.TOKENIZER_FOLDER)
     else:
         place = _base(recipe, home)
     return make_pack(pack, recipe.data, home, recipe.tokenizer, place)
@@ -117,14 +145,15 @@ def _language_model(
     tokenizer: PreTrainedTokenizerBase,
     packs: tuple[Pack, Pack],
     base: str | None,
-    device: str,
+    processes: Processes,
     fresh: bool,
 ) -> PreTrainedModel:
+    device = processes.device.type
     if base is not None:
-        lm, _ = load_base(base)
+        lm, _ = pretrained.load_base(base)
     elif recipe.model is not None:
         lm = make_lm(recipe.model, tokenizer)
-        nn.Module.to(lm, device)
+        nn.Module.to(lm, processes.device)
     else:
         raise RecipeError("give `model` or `compress.base`")
     _choose_attention(lm, device)
@@ -133,15 +162,25 @@ def _language_model(
     if device == "cuda":
         compile_blocks(lm)
     task = PretrainTask(lm, recipe.pretrain, *packs)
-    fit(task, folder / "pretrain", seed=recipe.seed, save_minutes=recipe.save_minutes, fresh=fresh)
-    lm.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    return lm
+    spread = _spread(lm, recipe, processes, keep_layers=False)
+    fit(task, spread, folder / "pretrain", seed=recipe.seed, save_minutes=recipe.save_minutes, fresh=fresh)
+    state = whole(lm.state_dict(keep_vars=True), processes)
+    if processes.first:
+        lm.save_pretrained(folder / "base", state_dict=state)
+        tokenizer.save_pretrained(folder / "base")
+    processes.wait()
+    if isinstance(spread, Replicas):
+        return lm
+    # sharded layers cannot be copied
+    again, _ = pretrained.load_base(folder / "base")
+    nn.Module.to(again, processes.device)
+    again.set_attn_implementation(lm.config._attn_implementation)
+    return again
 
 
-def _trained(init: str, name: str, stage: CompressStage) -> Nugget2D:
+def _trained(init: str, name: str, stage: CompressStage, device: torch.device) -> Nugget2D:
     """The compressor to go on from, set to what it will have been trained on."""
-    model = Nugget2D.from_pretrained(init)
+    model = Nugget2D.from_pretrained(init, device=device)
     if model.config.adapters == "lora" and stage.trains_lm:
         raise RecipeError(FROZEN)
     changes = {

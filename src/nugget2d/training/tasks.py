@@ -1,5 +1,7 @@
 """What the loop trains: a language model from scratch, or a compressor."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,8 +13,9 @@ from nugget2d.evaluation.held_out import held_out_figures
 from nugget2d.losses import token_losses
 from nugget2d.model import Nugget2D
 from nugget2d.selection import count_nuggets
+from nugget2d.training.activations import offloaded, recomputed
 from nugget2d.training.corpus import Pack
-from nugget2d.training.objectives import continue_loss, distill_loss, lm_loss, recomputed, reconstruct_loss
+from nugget2d.training.objectives import continue_loss, distill_loss, lm_loss, reconstruct_loss
 from nugget2d.training.readout import readout_loss
 from nugget2d.training.recipe import CompressStage, Objective, PretrainStage
 from nugget2d.training.schedule import choose, sample_ratio
@@ -34,10 +37,10 @@ class PretrainTask:
         """One group, all weights."""
         return [{"params": list(self.module.parameters()), "lr": self.stage.optim.lr}]
 
-    def loss(self, progress: float, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, progress: float, shared: torch.Generator, own: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Mean loss of a batch of windows."""
         stage = self.stage
-        ids = self.train.windows(max(1, stage.batch_tokens // stage.window), stage.window, generator)
+        ids = self.train.windows(max(1, stage.batch_tokens // stage.window), stage.window, own)
         return self._loss(ids), {}
 
     def evaluate(self) -> dict[str, Any]:
@@ -53,7 +56,7 @@ class PretrainTask:
 
 
 class CompressTask:
-    """Autoencoding + continuation + plain LM; one objective, length, ratio and policy for each micro-batch."""
+    """Autoencoding + continuation + plain LM; one objective, length, ratio and policy for each step."""
 
     name = "compress"
 
@@ -73,36 +76,40 @@ class CompressTask:
             {"params": list(self.model.scorer.parameters()), "lr": optim.scorer_lr},
         ]
 
-    def loss(self, progress: float, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, progress: float, shared: torch.Generator, own: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Loss of one micro-batch under an objective drawn from the phase."""
-        stage = self.stage
-        phase = stage.phase(progress)
-        length = choose(phase.windows, generator)
-        selection: SelectionName = choose(phase.selections or {stage.selection: 1.0}, generator)
-        count = count_nuggets([length], sample_ratio(progress, stage.ratios, generator))[0]
-        objective: Objective = choose(phase.objectives, generator)
-        segments = int(torch.randint(1, phase.segments + 1, (1,), generator=generator))
-        if objective == "lm":
-            loss = lm_loss(self.model, self._draw(segments * length, generator))
-        elif objective in GOING_ON:
-            ids = self._draw(segments * length + stage.target, generator)
-            arguments = (self.model, ids, segments, length, count, selection, generator)
-            loss = self._run(GOING_ON[objective], *arguments)
-        else:
-            ids = self._draw(length, generator)
-            if objective == "uniform":
-                ids = torch.randint(len(self.model.tokenizer), ids.shape, generator=generator).to(ids.device)
-            loss = self._run(self._reconstruct, ids, count, selection, generator)
+        stage, phase = self.stage, self.stage.phase(progress)
+        length = choose(phase.windows, shared)
+        selection: SelectionName = choose(phase.selections or {stage.selection: 1.0}, shared)
+        ratio = sample_ratio(progress, stage.ratios, shared)
+        objective: Objective = choose(phase.objectives, shared)
+        segments = int(torch.randint(1, phase.segments + 1, (1,), generator=shared))
+        going_on = objective in GOING_ON
+        ids = self._draw((segments if going_on or objective == "lm" else 1) * length + stage.target * going_on, own)
+        ratios = [sample_ratio(progress, stage.ratios, own) if stage.mixed_ratios else ratio for _ in ids]
+        counts = [count_nuggets([length], one)[0] for one in ratios]
+        if objective == "uniform":
+            ids = torch.randint(len(self.model.tokenizer), ids.shape, generator=own).to(ids.device)
+        with self._activations():
+            if objective == "lm":
+                loss = lm_loss(self.model, ids)
+            elif going_on:
+                loss = GOING_ON[objective](self.model, ids, segments, length, counts, selection, own)
+            else:
+                loss, encoded = reconstruct_loss(self.model, ids, counts, selection, own)
+                if stage.readout:
+                    loss = loss + stage.readout * readout_loss(self.model, encoded, ids)
         return loss, {f"loss_{objective}": float(loss.detach())}
 
-    def _reconstruct(self, ids: Tensor, count: int, selection: SelectionName, generator: torch.Generator) -> Tensor:
-        loss, encoded = reconstruct_loss(self.model, ids, count, selection, generator)
-        if self.stage.readout:
-            loss = loss + self.stage.readout * readout_loss(self.model, encoded, ids)
-        return loss
-
-    def _run(self, function: Any, *arguments: Any) -> Tensor:
-        return recomputed(function, *arguments) if self.stage.checkpoint_activations else function(*arguments)
+    @contextmanager
+    def _activations(self) -> Iterator[None]:
+        """A context in which the stage's wishes for activations hold."""
+        with ExitStack() as wishes:
+            if self.stage.offload_activations:
+                wishes.enter_context(offloaded())
+            if self.stage.checkpoint_activations:
+                wishes.enter_context(recomputed(self.model.parameters_by_role))
+            yield
 
     def _draw(self, length: int, generator: torch.Generator) -> Tensor:
         ids = self.train.windows(max(1, self.stage.batch_tokens // length), length, generator)
