@@ -88,6 +88,10 @@ def test_adapters_alone_come_back_onto_their_base(base: Path, tmp_path: Path, mo
     model = adapted(Path("base"))
     model.save_pretrained("adapters", base=False)
     own = load_file("adapters/nugget2d.safetensors")
+    for role in ("encoder", "decoder"):
+        for name, tensor in load_file(f"adapters/{role}/adapter_model.safetensors").items():
+            name = name.replace("base_model.model.", "parameters_by_role.lm.")
+            own[name.replace(".weight", f".{role}.weight")] = tensor
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {name: t.shape for name, t in own.items()} == {name: p.shape for name, p in trainable.items()}
     assert not Path("adapters/base").exists()

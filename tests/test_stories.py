@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+import tiny
+from nugget2d import Nugget2D
 from nugget2d.errors import ModelError
 from nugget2d.pretrained import load_base
-from nugget2d.segmentation import detokenize, split, tokenize
+from nugget2d.segmentation import detokenize, detokenize_after, split, tokenize, tokenize_after
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "stories"
 # in an order of merging in which greedy-by-score and left-to-right differ
@@ -42,7 +44,7 @@ def write_tokens(path: Path) -> Path:
 
 
 def write_checkpoint(path: Path, *, tied: bool = True, heads: int = 4, kv_heads: int = 2) -> Path:
-    dim, hidden, layers, positions, vocabulary = 16, 20, 2, 32, 259 + len(PIECES)
+    dim, hidden, layers, positions, vocabulary = 16, 20, 2, 128, 259 + len(PIECES)
     draw, kv = np.random.default_rng(0), dim // heads * kv_heads
     blocks = [dim * vocabulary, layers * dim, layers * dim * dim, layers * kv * dim, layers * kv * dim]
     blocks += [layers * dim * dim, layers * dim, *[layers * dim * hidden] * 3, dim, positions * dim // heads]
@@ -133,3 +135,34 @@ def test_a_tokenizer_that_puts_a_space_before_texts_loses_nothing(
     for piece in pieces:
         assert detokenize(tokenizer, piece.ids) == piece.text
         assert piece.offsets[-1][1] == piece.start + len(piece.text)
+
+
+@given(before=TEXT, text=TEXT.filter(bool))
+def test_what_goes_on_from_a_text_is_not_set_apart_from_it(
+    tokenizer: PreTrainedTokenizerFast, before: str, text: str
+) -> None:
+    ids = tokenize_after(tokenizer, text)
+    assert detokenize_after(tokenizer, ids) == text
+    # no longer so for the text on its own, which gets a space
+    assert ids != tokenize(tokenizer, text)[0]
+    whole = detokenize(tokenizer, [*tokenize(tokenizer, before)[0], *ids])
+    assert whole == before + text if before else whole == text.removeprefix(" ")
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+def test_other_tokenizers_go_on_as_they_begin(text: str) -> None:
+    assert tokenize_after(tiny.tokenizer(), text) == tokenize(tiny.tokenizer(), text)[0]
+    assert detokenize_after(tiny.tokenizer(), tokenize(tiny.tokenizer(), text)[0]) == text
+
+
+def test_prompts_and_answers_join_the_words_of_a_memory(tmp_path: Path, tokens: Path) -> None:
+    lm, tokenizer = convert.read_checkpoint(write_checkpoint(tmp_path / "model.bin")), convert.read_tokenizer(tokens)
+    model = Nugget2D.from_base(lm, tokenizer, window=16, lora_rank=2, scorer_layer=1)
+    text = "the other cat, the other cat. " * 3
+    memory = model.compress(text, ratio=2, exact=True)
+    assert model.reconstruct(memory) == text
+    assert model.ids_after("he cat").tolist()[0] == tokenizer.convert_tokens_to_ids(["he", " cat"])
+    answer = model.generate("he", memory=memory, max_new_tokens=12)
+    assert "".join(model.generate("he", memory=memory, max_new_tokens=12, stream=True)) == answer
+    ids = [tokenizer.convert_tokens_to_ids(piece) for piece in (" cat", "<0x0A>", " the")]
+    assert detokenize_after(tokenizer, ids) == " cat\n the"

@@ -49,9 +49,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     lm.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
-    print(
-        f"{lm.num_parameters():,} parameters in {options.out}; logits differ from llama2.c's by {difference:.1e} at most"
-    )
+    print(f"{lm.num_parameters():,} parameters in {options.out}; logits are llama2.c's within {difference:.1e}")
 
 
 def read_checkpoint(path: Path) -> LlamaForCausalLM:
@@ -125,7 +123,7 @@ def read_checkpoint(path: Path) -> LlamaForCausalLM:
 
 
 def halves(weight: Tensor, heads: int) -> Tensor:
-    """(heads * d, n) rows of a rotary projection for transformers, which rotates (i, i + d / 2); llama2.c (2i, 2i + 1)."""
+    """(heads * d, n) rows for transformers, which rotates (i, i + d / 2), from llama2.c, which rotates (2i, 2i + 1)."""
     rows, width = weight.shape
     return weight.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
 

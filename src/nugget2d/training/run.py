@@ -1,5 +1,6 @@
 """From a recipe file to a trained model folder."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -51,7 +52,8 @@ def train(recipe_path: Path, *, out: Path | None = None, fresh: bool = False) ->
     folder = out or home / recipe.out
     model = fit_recipe(recipe, home, folder, pack=folder / "pack", fresh=fresh)
     if model is not None:
-        model.save_pretrained(folder / "model", dtype=torch.bfloat16)
+        last = (folder / "compress" / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+        model.save_pretrained(folder / "model", dtype=torch.bfloat16, figures=json.loads(last)["held_out"])
     return folder
 
 
