@@ -35,7 +35,8 @@ from nugget2d.fingerprint import fingerprint
 from nugget2d.network import Network
 from nugget2d.parameters import ADAPTERS
 
-HUB_CONFIG = {"model_type": "nugget2d", "architectures": ["Nugget2D"]}
+# what transformers looks for in a folder
+HUB_FILE, MODEL_TYPE = "config.json", "nugget2d"
 CONFIG_FILE, WEIGHTS_FILE, BASE_FILE = "nugget2d.json", "nugget2d.safetensors", "base.json"
 BASE_FOLDER, TOKENIZER_FOLDER = "base", "tokenizer"
 
@@ -189,7 +190,7 @@ def save(
             (folder / BASE_FILE).write_text(record.model_dump_json(indent=2) + "\n")
         model.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
         (folder / CONFIG_FILE).write_text(json.dumps(model.config.model_dump(), indent=2) + "\n")
-        (folder / "config.json").write_text(json.dumps(HUB_CONFIG, indent=2) + "\n")
+        (folder / HUB_FILE).write_text(json.dumps({"model_type": MODEL_TYPE}, indent=2) + "\n")
         write_card(folder, model.config, place if place and is_hub_id(place) else None, figures or {})
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write model to {folder}: {error}") from error

@@ -42,21 +42,21 @@ class CompressedTextGeneration(Pipeline):
         """
         single = isinstance(inputs, str | Mapping)
         _, forward, _ = self._sanitize_parameters(**parameters)
-        rows = [self.preprocess(row) for row in (cast(list[Input], [inputs] if single else inputs))]
+        rows = [self.preprocess(row) for row in ([inputs] if single else inputs)]
         answers = self.postprocess(self._forward(rows, **(self._forward_params | forward)))
         return answers[0] if single else answers
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         return {}, parameters, {}
 
-    def preprocess(self, input_: Input) -> dict[str, Any]:
+    def preprocess(self, input_: Any, **_: Any) -> dict[str, Any]:
         """One input as a mapping with both `context` and `prompt`."""
         row = {"context": input_} if isinstance(input_, str) else dict(input_)
         if "context" not in row or row.keys() - {"context", "prompt"}:
             raise InputError(f"an input is a text or has the keys `context` and `prompt`, not {sorted(row)}")
         return {"prompt": ""} | row
 
-    def _forward(self, input_tensors: list[dict[str, Any]], **parameters: Any) -> list[str | list[str]]:
+    def _forward(self, input_tensors: Any, **parameters: Any) -> Any:
         model, rows = cast(Nugget2D, self.model), input_tensors
         compressing = {key: parameters.pop(key, default) for key, default in COMPRESSING.items()}
         texts = [row["context"] for row in rows if not isinstance(row["context"], Memory)]
@@ -67,7 +67,7 @@ class CompressedTextGeneration(Pipeline):
             for row, memory in zip(rows, memories, strict=True)
         ]
 
-    def postprocess(self, model_outputs: list[str | list[str]]) -> list[list[dict[str, str]]]:
+    def postprocess(self, model_outputs: Any, **_: Any) -> list[list[dict[str, str]]]:
         """Answers as transformers' text generation gives them, the prompt not repeated."""
         return [
             [{"generated_text": text} for text in ([texts] if isinstance(texts, str) else texts)]

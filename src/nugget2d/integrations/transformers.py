@@ -17,7 +17,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from nugget2d.errors import InputError
 from nugget2d.integrations.pipeline import TASK, CompressedTextGeneration
 from nugget2d.model import Nugget2D
-from nugget2d.pretrained import HUB_CONFIG
+from nugget2d.pretrained import MODEL_TYPE
 
 LOADING = {"device", "base", "dtype", "quantization_config"}
 
@@ -25,7 +25,7 @@ LOADING = {"device", "base", "dtype", "quantization_config"}
 class Nugget2DConfig(PreTrainedConfig):
     """What `AutoConfig` makes of a folder's config.json; all choices are in its nugget2d.json."""
 
-    model_type = HUB_CONFIG["model_type"]
+    model_type = MODEL_TYPE
 
 
 class Nugget2DLoader:
