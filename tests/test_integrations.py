@@ -41,7 +41,7 @@ ours.register()
 print(type(AutoModel.from_pretrained({str(folder)!r})).__name__)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "does not recognize this architecture" in run.stdout
+    assert "`nugget2d`" in run.stdout
     assert run.stdout.splitlines()[-1] == "Nugget2D"
 
 
@@ -74,6 +74,7 @@ def test_the_pipeline_answers_as_the_model_does(folder: Path, llama: Nugget2D) -
     assert pipe(question, ratio=5) == expected[0]
     assert pipe([question, short], ratio=5) == expected
     assert pipe({"context": memory, "prompt": "The dog"}) == expected[0]
+    assert pipe(memory) == [{"generated_text": llama.generate("", memory=memory, max_new_tokens=6)}]
     longer = pipe(question, ratio=5, max_new_tokens=9)
     assert longer[0]["generated_text"].startswith(expected[0][0]["generated_text"])
     assert len(pipe(question, num_return_sequences=2, do_sample=True)) == 2

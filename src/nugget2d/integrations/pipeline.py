@@ -1,6 +1,6 @@
 """The pipeline "compressed-text-generation": contexts become memories, prompts are gone on with after them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 from transformers import Pipeline
@@ -12,7 +12,6 @@ from nugget2d.model import Nugget2D
 
 TASK = "compressed-text-generation"
 
-Input = str | Mapping[str, Any]
 COMPRESSING = {"ratio": DEFAULT_RATIO, "selection": None, "dtype": None}
 
 
@@ -21,29 +20,27 @@ class CompressedTextGeneration(Pipeline):
 
         pipe({"context": book, "prompt": "In the end"}, ratio=10, max_new_tokens=32)  # [{"generated_text": "..."}]
 
-    An input is a context, or a mapping with `context` (a text, or a `Memory` made before) and, optionally, `prompt`.
-    One input gives one list of answers, a list of inputs a list of such lists. `ratio`, `selection` and `dtype` are
+    An input is a context (a text, or a `Memory` made before), or a mapping with `context` and perhaps `prompt`. One
+    input gives one list of answers, a list of inputs a list of such lists. `ratio`, `selection` and `dtype` are
     those of `Nugget2D.compress`; all else goes to `Nugget2D.generate`.
     """
 
-    _load_tokenizer = False
-    _load_processor = False
-    _load_feature_extractor = False
-    _load_image_processor = False
-    _load_video_processor = False
+    _load_tokenizer: Any = False
+    _load_processor: Any = False
+    _load_feature_extractor: Any = False
+    _load_image_processor: Any = False
+    _load_video_processor: Any = False
 
-    def __call__(
-        self, inputs: Input | Sequence[Input], **parameters: Any
-    ) -> list[dict[str, str]] | list[list[dict[str, str]]]:
+    def __call__(self, inputs: Any, *_: Any, **parameters: Any) -> Any:
         """Compress the contexts, go on from each.
 
         Raises:
             InputError: no context, an empty one, or an impossible option.
         """
-        single = isinstance(inputs, str | Mapping)
-        _, forward, _ = self._sanitize_parameters(**parameters)
+        single = isinstance(inputs, str | Mapping | Memory)
+        forward = self._sanitize_parameters(**parameters)[1]
         rows = [self.preprocess(row) for row in ([inputs] if single else inputs)]
-        answers = self.postprocess(self._forward(rows, **(self._forward_params | forward)))
+        answers = self.postprocess(self._forward(rows, **{**self._forward_params, **forward}))
         return answers[0] if single else answers
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -51,7 +48,7 @@ class CompressedTextGeneration(Pipeline):
 
     def preprocess(self, input_: Any, **_: Any) -> dict[str, Any]:
         """One input as a mapping with both `context` and `prompt`."""
-        row = {"context": input_} if isinstance(input_, str) else dict(input_)
+        row = dict(input_) if isinstance(input_, Mapping) else {"context": input_}
         if "context" not in row or row.keys() - {"context", "prompt"}:
             raise InputError(f"an input is a text or has the keys `context` and `prompt`, not {sorted(row)}")
         return {"prompt": ""} | row
