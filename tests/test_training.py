@@ -250,4 +250,6 @@ def test_smoke_recipe_learns_to_copy(tmp_path: Path) -> None:
     assert sum(curve[-10:]) < 0.7 * sum(curve[:10])
     last = json.loads((folder / "compress" / "log.jsonl").read_text().splitlines()[-1])["held_out"]
     assert last["accuracy_4x"] > 0.3
+    card = (folder / "model" / "README.md").read_text(encoding="utf-8")
+    assert f"one nugget in 4, teacher-forced | {last['accuracy_4x']:.3f} |" in card
     assert Nugget2D.from_pretrained(folder / "model").config.name == "smoke"

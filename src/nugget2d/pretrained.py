@@ -179,7 +179,7 @@ def save(
         own = {name: keep(tensor) for name, tensor in _own_state(model).items()}
         adapters = {name.removeprefix(_LM): own.pop(name) for name in list(own) if _is_adapter(name)}
         save_file(own, folder / WEIGHTS_FILE)
-        place = lm.config.name_or_path or None
+        place = (lm.config.name_or_path or None) if record is None else record.name
         if adapters:
             write_adapters(folder, cast(Any, lm).peft_config, adapters, place)
         if record is None:
