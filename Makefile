@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint stories
 
 demo: .venv/demo.stamp
 	$(BIN)/nugget2d demo
@@ -13,6 +13,35 @@ test: lint
 lint: .venv/test.stamp
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+# A model that others trained, from their file to figures (docs/OFF-THE-SHELF.md); stops and goes on where it was.
+LLAMA2C ?= ../shared/data/model
+RUN := runs/stories
+RESULTS := benchmarks/results/stories
+
+stories: $(RESULTS)/comparison.json
+
+$(RESULTS)/comparison.json: $(RESULTS)/lora/distortion.json $(RESULTS)/copies/distortion.json
+	$(BIN)/python recipes/stories/compare.py $^ --base $(RUN)/base --data $(RUN)/test.jsonl --out $@
+
+$(RESULTS)/%/distortion.json: $(RUN)/%/model/nugget2d.json $(RUN)/test.jsonl
+	$(BIN)/nugget2d bench distortion --model $(<D) --data $(RUN)/test.jsonl --out $(@D) \
+		--ratios 1,2,3,4,5,6,8,10 --lengths 64,128
+
+$(RUN)/%/model/nugget2d.json: recipes/stories/%.yaml $(RUN)/train.jsonl $(RUN)/watch.jsonl
+	$(BIN)/nugget2d train $<
+
+# the text that training is watched on and the text that is measured once are two texts
+$(RUN)/train.jsonl: WRITE := --tokens 500_000 --seed 0
+$(RUN)/watch.jsonl: WRITE := --tokens 20_000 --seed 1
+$(RUN)/test.jsonl: WRITE := --tokens 100_000 --seed 2
+$(RUN)/%.jsonl: $(RUN)/base/model.safetensors
+	$(BIN)/python recipes/stories/write.py $(RUN)/base $@ $(WRITE)
+
+$(RUN)/base/model.safetensors: .venv/demo.stamp
+	$(BIN)/python recipes/stories/convert.py $(LLAMA2C)/stories260K.bin $(LLAMA2C)/tok512.bin $(@D)
+
+.PRECIOUS: $(RUN)/%.jsonl $(RUN)/%/model/nugget2d.json
 
 .venv/demo.stamp: pyproject.toml
 	$(PYTHON) -m venv .venv

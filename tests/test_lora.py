@@ -1,6 +1,7 @@
 """The published form (arXiv 2310.02409, section 3): two adapters on a frozen base; their size, files, precision."""
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -88,9 +89,14 @@ def test_adapters_alone_come_back_onto_their_base(base: Path, tmp_path: Path, mo
     model = adapted(Path("base"))
     model.save_pretrained("adapters", base=False)
     own = load_file("adapters/nugget2d.safetensors")
+    for role in ("encoder", "decoder"):
+        for name, tensor in load_file(f"adapters/{role}/adapter_model.safetensors").items():
+            name = name.replace("base_model.model.", "parameters_by_role.lm.")
+            own[name.replace(".weight", f".{role}.weight")] = tensor
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {name: t.shape for name, t in own.items()} == {name: p.shape for name, p in trainable.items()}
     assert not Path("adapters/base").exists()
+    assert json.loads(Path("adapters/decoder/adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     monkeypatch.chdir("/")  # the base is found from anywhere
     again = Nugget2D.from_pretrained(tmp_path / "adapters")
     assert again.fingerprint == model.fingerprint

@@ -10,6 +10,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import tiny
 from nugget2d import Nugget2D
 from nugget2d.errors import RecipeError
 from nugget2d.training.corpus import Pack, documents, make_pack
@@ -17,7 +18,8 @@ from nugget2d.training.recipe import OptimConfig, RatioConfig, Source, load_reci
 from nugget2d.training.run import fit_recipe, train
 from nugget2d.training.schedule import choose, learning_rate_factor, sample_ratio
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+HOME = Path(__file__).parent.parent / "recipes"
+RECIPES = sorted([*HOME.glob("*.yaml"), *HOME.glob("stories/*.yaml")])
 LINE = "the keeper of the light wrote in his book that the sea was calm and the lamp had burned all night ."
 WORDS = LINE.split()
 MIX = {"reconstruct": 6, "uniform": 1, "continue": 2, "lm": 1}
@@ -222,11 +224,13 @@ def test_slots_need_two_copies(tmp_path: Path) -> None:
 
 
 def test_smoke_recipe_learns_to_copy(tmp_path: Path) -> None:
-    folder = train(Path(__file__).parent.parent / "recipes" / "smoke.yaml", out=tmp_path / "smoke")
+    folder = train(HOME / "smoke.yaml", out=tmp_path / "smoke")
     curve = losses(folder / "compress" / "log.jsonl")
     assert sum(curve[-10:]) < 0.7 * sum(curve[:10])
     last = json.loads((folder / "compress" / "log.jsonl").read_text().splitlines()[-1])["held_out"]
     assert last["accuracy_4x"] > 0.3
+    card = (folder / "model" / "README.md").read_text(encoding="utf-8")
+    assert f"one nugget in 4, teacher-forced | {last['accuracy_4x']:.3f} |" in card
     assert Nugget2D.from_pretrained(folder / "model").config.name == "smoke"
 
 

@@ -6,13 +6,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from nugget2d.errors import InputError
 from nugget2d.memory import Memory
 from nugget2d.network import Network
 from nugget2d.parameters import Role
 from nugget2d.reading import text_nuggets
+from nugget2d.segmentation import detokenize_after
 
 
 @torch.no_grad()
@@ -48,10 +49,7 @@ def generate(
 
     if stream:
         return _stream(run, model)
-    texts = [
-        cast(str, model.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        for ids in run()
-    ]
+    texts = [detokenize_after(model.tokenizer, ids.tolist()) for ids in run()]
     return texts if "num_return_sequences" in options else texts[0]
 
 
@@ -66,11 +64,19 @@ class _Abandoned(StoppingCriteria):
         return cast(torch.BoolTensor, stop)
 
 
+class _After:
+    """All that a streamer wants of a tokenizer; it decodes line by line, and no line begins the text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def decode(self, ids: list[int]) -> str:
+        return detokenize_after(self.tokenizer, ids)
+
+
 def _stream(run: Callable[..., Tensor], model: Network) -> Iterator[str]:
     """Pieces of text as a thread generates them; its error, if any, is raised here."""
-    streamer = TextIteratorStreamer(
-        cast(Any, model.tokenizer), skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    streamer = TextIteratorStreamer(cast(Any, _After(model.tokenizer)))
     abandoned = _Abandoned()
     failure: list[BaseException] = []
 
@@ -98,15 +104,16 @@ def _inputs(model: Network, prompt: str, memory: Memory | None, copies: int, new
     Leaving out the mask or the positions gives wrong text without an error; the embeddings of the K cached
     slots are never looked at.
     """
-    ids = model.ids(prompt)
     if memory is None:
         if not prompt:
             raise InputError("nothing to continue: give a prompt or a memory")
+        ids = model.ids(prompt)
         if model.start_token is not None:
             ids = torch.cat([torch.full_like(ids[:, :1], model.start_token), ids], dim=1)
         model.require_positions(ids.shape[1] + new_tokens - 1)
         embeds = model.embed(ids)
         return {"inputs_embeds": embeds, "attention_mask": embeds.new_ones(embeds.shape[:2]).long()}
+    ids = model.ids_after(prompt)
     room = ids.shape[1] + new_tokens  # the soft prompt too; the last token is not read
     nuggets, end = text_nuggets(model, memory, room)
     model.require_positions(end + room, slots=nuggets.count + room)

@@ -1,6 +1,6 @@
 """`Nugget2D`: compress a text into a memory, and read memories back (Nugget2D, arXiv 2310.02409)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, overload
 
@@ -50,20 +50,45 @@ class Nugget2D(Network):
         model = pretrained.load(cls, name, base, dtype=dtype, quantization_config=quantization_config)
         return model if quantization_config is not None else model.to(device)
 
-    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None, base: bool = True) -> None:
-        """Write configuration, weights and tokenizer to `folder`, for `from_pretrained`.
+    def save_pretrained(
+        self,
+        folder: Path | str,
+        *,
+        dtype: torch.dtype | None = None,
+        base: bool = True,
+        figures: Mapping[str, object] | None = None,
+    ) -> None:
+        """Write configuration, weights, tokenizer and a model card to `folder`, for `from_pretrained`.
 
         Args:
             folder: where to.
             dtype: rounds the weights; None keeps them.
             base: False leaves out the frozen LM and records where it was loaded from, and a digest.
+            figures: for the card: what `evaluation.held_out.held_out_figures` measured.
 
         Raises:
             InputError: the base cannot be left out ("copies" trains it; an object never had a place), or is quantized
                 and must be.
             OutputError: the folder cannot be written.
         """
-        pretrained.save(self, folder, dtype, base=base)
+        pretrained.save(self, folder, dtype, base=base, figures=figures)
+
+    def push_to_hub(
+        self, repo_id: str, *, base: bool = True, private: bool | None = None, token: str | None = None
+    ) -> str:
+        """Save to a repository of the Hugging Face Hub, which is made if it is missing; returns the commit's address.
+
+        Args:
+            repo_id: "owner/name".
+            base: see `save_pretrained`.
+            private: of a new repository; None takes the owner's default.
+            token: None takes the one that `hf auth login` stored.
+
+        Raises:
+            InputError: see `save_pretrained`.
+            OutputError: the hub refused, or cannot be reached.
+        """
+        return pretrained.push(self, repo_id, base=base, private=private, token=token)
 
     def merge_and_unload(self) -> NoReturn:
         """Always refused, under the name that users of peft look for.

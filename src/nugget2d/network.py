@@ -21,7 +21,7 @@ from nugget2d.fingerprint import fingerprint
 from nugget2d.hidden import find_layers, hidden_after
 from nugget2d.memory import Fingerprint
 from nugget2d.parameters import make_parameters
-from nugget2d.segmentation import detokenize, tokenize
+from nugget2d.segmentation import detokenize, tokenize, tokenize_after
 from nugget2d.selection import SCORED, Scorer, select
 from nugget2d.support import check_supported, position_table, sliding_window
 
@@ -216,6 +216,10 @@ class Network(nn.Module):
     def ids(self, text: str) -> Tensor:
         """Text to (1, n) tokens on the model's device; special-token strings are ordinary text."""
         return torch.tensor([tokenize(self.tokenizer, text)[0]], dtype=torch.long, device=self.device)
+
+    def ids_after(self, text: str) -> Tensor:
+        """The same for text that goes on from other text, where some tokenizers would put a space before it."""
+        return torch.tensor([tokenize_after(self.tokenizer, text)], dtype=torch.long, device=self.device)
 
     @property
     def start_token(self) -> int | None:

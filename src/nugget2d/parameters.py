@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 from nugget2d.config import NuggetConfig
 from nugget2d.errors import ModelError
 
+# names of both adapters, and of the roles that they play
+ADAPTERS = ("encoder", "decoder")
 Role = Literal["base", "encoder", "decoder"]
 
 # Where the queries, values and outputs of attention are computed (Nugget2D, section 3), by the names that transformers
@@ -141,9 +143,9 @@ class LoraParameters(Parameters):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two are the point here
                 warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft sets it
-                inject_adapter_in_model(lora, lm, adapter_name="encoder")
-                inject_adapter_in_model(lora, lm, adapter_name="decoder")
-                for name in ("encoder", "decoder"):  # in half precision small steps would be rounded away
+                for name in ADAPTERS:
+                    inject_adapter_in_model(lora, lm, adapter_name=name)
+                for name in ADAPTERS:  # in half precision small steps would be rounded away
                     cast_adapter_dtype(lm, name)
         except ValueError as error:
             raise ModelError(
@@ -182,7 +184,7 @@ class LoraParameters(Parameters):
                 tuner.enable_adapters(True)
                 tuner.set_adapter(role)
             # set_adapter and enable_adapters freeze the other adapter: both must keep their gradients
-            tuner.set_requires_grad(["encoder", "decoder"], True)
+            tuner.set_requires_grad(list(ADAPTERS), True)
 
 
 def attention_projections(lm: PreTrainedModel) -> tuple[str, ...]:

@@ -4,17 +4,22 @@ nugget2d.json          NuggetConfig
 base/                  a transformers folder: config and weights, or else
 base.json              where the base is, and a digest of its weights
 tokenizer/             apart from base/: beside a config, transformers may swap in the class of that model type
-nugget2d.safetensors   scorer, soft prompts, flag, and the encoder copy or both adapters
+nugget2d.safetensors   scorer, soft prompts, flag, and the encoder copy
+encoder/, decoder/     the adapters, in peft's format (adapters.py)
+config.json            says to transformers what the folder is (integrations/transformers.py)
+README.md              the model card (card.py)
 """
 
 import json
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,11 +27,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from nugget2d.adapters import HALVES, read_adapters, write_adapters
+from nugget2d.card import write_card
 from nugget2d.config import Frozen, NuggetConfig
 from nugget2d.errors import InputError, ModelError, OutputError
 from nugget2d.fingerprint import fingerprint
 from nugget2d.network import Network
+from nugget2d.parameters import ADAPTERS
 
+# what transformers looks for in a folder
+HUB_FILE, MODEL_TYPE = "config.json", "nugget2d"
 CONFIG_FILE, WEIGHTS_FILE, BASE_FILE = "nugget2d.json", "nugget2d.safetensors", "base.json"
 BASE_FOLDER, TOKENIZER_FOLDER = "base", "tokenizer"
 
@@ -55,7 +65,7 @@ def resolve(name: str | Path) -> Path:
             raise ModelError(f"{folder} has no {CONFIG_FILE}; is it a base model? wrap it with Nugget2D.from_base")
     except OSError as error:  # a name too long, a folder that may not be entered
         raise ModelError(f"cannot look up model {str(name)[:80]!r}: {error.strerror}") from error
-    if str(name).count("/") == 1 and not str(name).startswith((".", "/")):
+    if is_hub_id(str(name)):
         try:
             return Path(snapshot_download(str(name)))
         except Exception as error:  # whatever the hub client raises: offline, unknown, gated
@@ -113,6 +123,8 @@ def load(
     try:
         config = NuggetConfig.model_validate_json((folder / CONFIG_FILE).read_text())
         own = load_file(folder / WEIGHTS_FILE)
+        if config.adapters == "lora":
+            own |= {_LM + name: tensor for name, tensor in read_adapters(folder, ADAPTERS).items()}
         record = _BaseRecord.model_validate_json(path.read_text()) if (path := folder / BASE_FILE).is_file() else None
     except (OSError, ValidationError, SafetensorError) as error:
         raise ModelError(f"model folder {folder} is incomplete or damaged: {error}") from error
@@ -142,6 +154,7 @@ def save(
     dtype: torch.dtype | None = None,
     *,
     base: bool = True,
+    figures: Mapping[str, object] | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """See `Nugget2D.save_pretrained`; `state` are all weights, where the model itself has parts of them only.
@@ -165,7 +178,12 @@ def save(
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: keep(tensor) for name, tensor in _own_state(model, state).items()}, folder / WEIGHTS_FILE)
+        own = {name: keep(tensor) for name, tensor in _own_state(model, state).items()}
+        adapters = {name.removeprefix(_LM): own.pop(name) for name in list(own) if _is_adapter(name)}
+        save_file(own, folder / WEIGHTS_FILE)
+        place = (lm.config.name_or_path or None) if record is None else record.name
+        if adapters:
+            write_adapters(folder, cast(Any, lm).peft_config, adapters, place)
         if record is None:
             lm_state = {name: keep(tensor) for name, tensor in _base_state(model, state).items()}
             lm.save_pretrained(folder / BASE_FOLDER, state_dict=lm_state)
@@ -174,8 +192,32 @@ def save(
             (folder / BASE_FILE).write_text(record.model_dump_json(indent=2) + "\n")
         model.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
         (folder / CONFIG_FILE).write_text(json.dumps(model.config.model_dump(), indent=2) + "\n")
+        (folder / HUB_FILE).write_text(json.dumps({"model_type": MODEL_TYPE}, indent=2) + "\n")
+        write_card(folder, model.config, place if place and is_hub_id(place) else None, figures or {})
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write model to {folder}: {error}") from error
+
+
+def push(model: Network, repo_id: str, *, base: bool, private: bool | None, token: str | None) -> str:
+    """See `Nugget2D.push_to_hub`.
+
+    Raises:
+        InputError: the base cannot be left out, or cannot be written.
+        OutputError: the hub refused, or cannot be reached.
+    """
+    api = HfApi(token=token)
+    with TemporaryDirectory() as folder:
+        save(model, folder, base=base)
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload Nugget2D"))
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise OutputError(f"cannot push to {repo_id!r}: {error}") from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` looks like "owner/name" and is no folder here."""
+    return name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
 
 
 def is_quantized(lm: PreTrainedModel) -> bool:
@@ -218,6 +260,10 @@ def _base_state(model: Network, state: Mapping[str, Tensor]) -> dict[str, Tensor
     return {name.removeprefix(_LM).replace(".base_layer.", "."): tensor for name, tensor in base.items()}
 
 
+def _is_adapter(name: str) -> bool:
+    return any(f".{half}." in name for half in HALVES)
+
+
 def _own_state(model: Network, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Everything that is not the base: scorer, prompts, flag, encoder copy (without shared embeddings), adapters."""
     shared = {id(p) for p in model.lm.get_input_embeddings().parameters()}
@@ -225,5 +271,5 @@ def _own_state(model: Network, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     return {
         name: tensor
         for name, tensor in state.items()
-        if (not name.startswith(_LM) or ".lora_" in name) and not (name.startswith(_SHARED) and name in names)
+        if (not name.startswith(_LM) or _is_adapter(name)) and not (name.startswith(_SHARED) and name in names)
     }

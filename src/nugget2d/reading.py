@@ -180,13 +180,14 @@ def _replay(model: Network, rows: Sequence[SegmentRef]) -> list[list[int]]:
 
 def score(model: Network, text: str, memory: Memory | None) -> float:
     """See `Nugget2D.score`."""
-    ids = model.ids(text)
     if memory is not None:
+        ids = model.ids_after(text)
         if not ids.numel():
             raise InputError("nothing to score: the text is empty")
         nuggets, end = text_nuggets(model, memory, room=ids.shape[1])
         logits = model.decode(nuggets, ids[:, :-1], prompt="continue", start=end)
         return float(token_losses(logits, ids).mean())
+    ids = model.ids(text)
     if model.start_token is not None:
         ids = torch.cat([torch.full_like(ids[:, :1], model.start_token), ids], dim=1)
     if ids.shape[1] < 2:

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nugget2d.errors import InputError
 
+_ANCHOR = "\n"
 _CLOSERS = "\"')]}»”’"
 _SENTENCE_ENDS = ".!?…。！？"
 # Unicode categories that continue the character before: marks, joiners and variation selectors, skin tones
@@ -57,6 +58,26 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], 
 def detokenize(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Text of `ids`, spaces untouched."""
     return cast(str, tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def tokenize_after(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of `text` where it goes on from other text.
+
+    Some tokenizers (of the Llama 2 family) put a space before whatever they are given, which would break the words
+    here. So `text` is tokenized after a line end, unless the two would merge.
+
+    Raises:
+        InputError: see `tokenize`.
+    """
+    anchor, ids = tokenize(tokenizer, _ANCHOR)[0], tokenize(tokenizer, _ANCHOR + text)[0]
+    return ids[len(anchor) :] if ids[: len(anchor)] == anchor else tokenize(tokenizer, text)[0]
+
+
+def detokenize_after(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of `ids` that go on from other text, without special tokens; a leading space is kept."""
+    anchored = [*tokenize(tokenizer, _ANCHOR)[0], *ids]
+    text = tokenizer.decode(anchored, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return cast(str, text).removeprefix(_ANCHOR)
 
 
 def split(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> list[Piece]:

@@ -1,5 +1,6 @@
 """What all baselines share: they live in one process, for experiments."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +15,14 @@ class Baseline(Nugget2D):
     It cannot be saved: `nugget2d.json` does not know of baselines, so that a saved one would come back as a `Nugget2D`.
     """
 
-    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None, base: bool = True) -> None:
+    def save_pretrained(
+        self,
+        folder: Path | str,
+        *,
+        dtype: torch.dtype | None = None,
+        base: bool = True,
+        figures: Mapping[str, object] | None = None,
+    ) -> None:
         """Refuse.
 
         Raises:

@@ -1,5 +1,6 @@
 """From a recipe file to a trained model folder."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -56,7 +57,9 @@ def train(recipe_path: Path, *, out: Path | None = None, fresh: bool = False) ->
         if model is not None:
             state = whole(model.state_dict(keep_vars=True), processes)
             if processes.first:
-                pretrained.save(model, folder / "model", torch.bfloat16, state=state)
+                last = (folder / "compress" / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+                figures = json.loads(last)["held_out"]
+                pretrained.save(model, folder / "model", torch.bfloat16, figures=figures, state=state)
         processes.wait()
     return folder
 
