@@ -36,13 +36,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], 
     Raises:
         InputError: `text` holds lone surrogates, which no UTF-8 file can contain.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"the text has a lone surrogate at character {error.start}, which UTF-8 cannot hold; "
-            "decode the source with the right encoding"
-        ) from error
+    require_utf8(text)
     encoded = tokenizer(
         text,
         add_special_tokens=False,
@@ -54,9 +48,34 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], 
     return encoded["input_ids"], encoded["offset_mapping"]
 
 
+def require_utf8(text: str) -> None:
+    """Check that `text` can be encoded.
+
+    Raises:
+        InputError: it has a lone surrogate.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text has a lone surrogate at character {error.start}, which UTF-8 cannot hold; "
+            "decode the source with the right encoding"
+        ) from error
+
+
 def detokenize(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Text of `ids`, spaces untouched."""
     return cast(str, tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def added_text(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
+    """What `ids` add to the text of the tokens before them; a few of those suffice.
+
+    Some tokenizers drop a space at the start of a text, and a character can take several tokens: until the last of them
+    it reads as U+FFFD.
+    """
+    before = list(before[-4:])
+    return detokenize(tokenizer, [*before, *ids])[len(detokenize(tokenizer, before)) :]
 
 
 def split(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> list[Piece]:
