@@ -12,12 +12,19 @@ from nugget2d.losses import token_losses
 from nugget2d.model import Nugget2D
 from nugget2d.selection import count_nuggets
 from nugget2d.training.corpus import Pack
-from nugget2d.training.objectives import continue_loss, distill_loss, lm_loss, recomputed, reconstruct_loss
+from nugget2d.training.objectives import (
+    continue_loss,
+    distill_loss,
+    lm_loss,
+    recomputed,
+    reconstruct_loss,
+    stream_loss,
+)
 from nugget2d.training.readout import readout_loss
 from nugget2d.training.recipe import CompressStage, Objective, PretrainStage
 from nugget2d.training.schedule import choose, sample_ratio
 
-GOING_ON = {"continue": continue_loss, "distill": distill_loss}
+GOING_ON = {"continue": continue_loss, "distill": distill_loss, "stream": stream_loss}
 
 
 class PretrainTask:
@@ -53,7 +60,7 @@ class PretrainTask:
 
 
 class CompressTask:
-    """Autoencoding + continuation + plain LM; one objective, length, ratio and policy for each micro-batch."""
+    """Autoencoding + continuation + streams + plain LM; one objective, length, ratio and policy for each micro-batch."""
 
     name = "compress"
 
@@ -85,7 +92,8 @@ class CompressTask:
         if objective == "lm":
             loss = lm_loss(self.model, self._draw(segments * length, generator))
         elif objective in GOING_ON:
-            ids = self._draw(segments * length + stage.target, generator)
+            after = stage.tau + length if objective == "stream" else stage.target
+            ids = self._draw(segments * length + after, generator)
             arguments = (self.model, ids, segments, length, count, selection, generator)
             loss = self._run(GOING_ON[objective], *arguments)
         else:
