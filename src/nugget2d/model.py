@@ -298,7 +298,8 @@ class Nugget2D(Network):
         Args:
             tau: tokens kept whole, at least, once so many were read; up to `config.window` more are whole until they
                 are compressed together.
-            ratio: tokens for each nugget, at least 1; None goes by the model's threshold (`calibrate`) or, without one, 10.
+            ratio: tokens for each nugget, at least 1; None goes by the model's threshold (`calibrate`), or is 10 where
+                it has none.
             max_nuggets: how many are held at most; the oldest are given up first. None keeps all.
             memory: what was read before.
 

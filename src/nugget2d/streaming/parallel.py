@@ -26,7 +26,9 @@ from nugget2d.streaming.layout import NEVER, Keys, Layout, Queries, joined
 Way = Literal["chunked", "flex", "dense"]
 
 
-def mixed_logits(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layout, way: Way | None = None) -> Tensor:
+def mixed_logits(
+    model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layout, way: Way | None = None
+) -> Tensor:
     """What the decoder predicts, reading whole tokens nearby and nuggets for what is farther away.
 
     As `Stream` does, but for one thing: there the base, not the decoder, reads until the first segment is compressed.

@@ -58,7 +58,7 @@ class Stream:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens read."""
+        """Tokens read; a word that is held back is not among them."""
         return self._window.past.tokens + len(self._window.ids)
 
     @property
