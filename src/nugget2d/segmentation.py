@@ -1,7 +1,7 @@
 """Text to tokens, and long texts to segments that a model was trained to compress."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nugget2d.errors import InputError
 
+REPLACEMENT = "\ufffd"  # what a tokenizer decodes an unfinished character to
 _CLOSERS = "\"')]}»”’"
 _SENTENCE_ENDS = ".!?…。！？"
 # Unicode categories that continue the character before: marks, joiners and variation selectors, skin tones
@@ -68,14 +69,24 @@ def detokenize(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return cast(str, tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def added_text(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
-    """What `ids` add to the text of the tokens before them; a few of those suffice.
+def spans_of(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+    """The text of `ids` and the characters [start, end) of each token; tokens that share a character share a span.
 
-    Some tokenizers drop a space at the start of a text, and a character can take several tokens: until the last of them
-    it reads as U+FFFD.
+    A token's text may depend on the one before it (leading spaces), and its bytes may end inside a character. So
+    each group of tokens that ends on a whole character is decoded together with the group before it.
     """
-    before = list(before[-4:])
-    return detokenize(tokenizer, [*before, *ids])[len(detokenize(tokenizer, before)) :]
+    spans: list[tuple[int, int]] = []
+    text = ""
+    before = done = 0
+    for end in range(1, len(ids) + 1):
+        grown = decode(ids[before:end])
+        if grown.endswith(REPLACEMENT) and end < len(ids):
+            continue
+        fresh = grown[len(decode(ids[before:done])) :]
+        spans += [(len(text), len(text) + len(fresh))] * (end - done)
+        text += fresh
+        before, done = done, end
+    return text, spans
 
 
 def split(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> list[Piece]:

@@ -8,7 +8,7 @@ Three ways to the same logits, none of which touches model code:
 - `dense`: one row, and a mask of all queries by all keys: simple, and what the others are held against.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -98,8 +98,8 @@ def _attending(lm: PreTrainedModel, name: str) -> Iterator[None]:
 def _by_rows(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layout) -> Tensor:
     batch, device = len(ids), ids.device
     rows = _Rows(layout)
-    heads, head_keys = layout.heads(device, start=model.start_token is not None)
-    tokens, token_keys = layout.tokens(device)
+    head_keys = layout.heads(device, start=model.start_token is not None)[1]
+    token_keys = layout.tokens(device)[1]
     view = rows.views(device)  # (C,)
     own = rows.split(token_keys.order, 0)  # (C, chunk); the padding looks from before the first token
     queries = Queries(view[:, None, None], torch.cat([torch.zeros_like(view)[:, None], own], dim=1)[..., None])
@@ -161,28 +161,27 @@ class _RowCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        memory = (None, None)
-        if self._nuggets is not None:
-            memory = (self._nuggets.keys[layer_idx], self._nuggets.values[layer_idx])
-        return self._gather(memory[0], key_states), self._gather(memory[1], value_states)
+        """Nothing is kept: keys and values for every row; see `DynamicCache.update`."""
+        if self._nuggets is None:
+            return self._gather([], key_states), self._gather([], value_states)
+        keys, values = self._nuggets.keys[layer_idx], self._nuggets.values[layer_idx]
+        return self._gather([keys], key_states), self._gather([values], value_states)
 
-    def _gather(self, memory: Tensor | None, states: Tensor) -> Tensor:
+    def _gather(self, memory: Sequence[Tensor], states: Tensor) -> Tensor:
         """(B * C, heads, 1 + chunk, d) -> (B * C, heads, nuggets + tau + 1 + chunk, d)."""
         rows = self._rows
         tokens = states[:, :, 1:].unflatten(0, (self._batch, rows.count))  # (B, C, heads, chunk, d)
         text = tokens.permute(0, 2, 4, 1, 3).flatten(-2)  # (B, heads, d, C * chunk)
         before = rows.before(text, 0).permute(0, 3, 1, 4, 2).flatten(0, 1)  # (B * C, heads, tau, d)
-        parts = [before, states]
-        if memory is not None:
-            parts.insert(0, memory[:, None].expand(-1, rows.count, -1, -1, -1).flatten(0, 1).to(states.dtype))
-        return torch.cat(parts, dim=2)
+        shared = [part[:, None].expand(-1, rows.count, -1, -1, -1).flatten(0, 1).to(states.dtype) for part in memory]
+        return torch.cat([*shared, before, states], dim=2)
 
 
 # ---- shared ----
 
 
 def _heads(model: Network, layout: Layout) -> Tensor:
-    """(1, views, d) input embeddings of the heads: a start token (any token, where there is none), then soft prompts."""
+    """(1, views, d) embeddings of the heads: the start token (any, where there is none), then soft prompts."""
     start = model.embed(torch.tensor([[model.start_token or 0]], device=model.device))
     prompts = model.prompt("continue", layout.segments).transpose(0, 1).to(start.dtype)
     return torch.cat([start, prompts], dim=1)

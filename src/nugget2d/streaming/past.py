@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 
@@ -11,7 +10,7 @@ from nugget2d.encoding import encode, native_dtype
 from nugget2d.memory import Memory
 from nugget2d.network import Network
 from nugget2d.reading import placed_nuggets
-from nugget2d.segmentation import Piece, added_text
+from nugget2d.segmentation import Piece, spans_of
 from nugget2d.selection import next_count
 from nugget2d.states import States
 from nugget2d.streaming.thinning import thin
@@ -90,12 +89,8 @@ def _above_threshold(model: Network, ids: Sequence[int]) -> int:
 
 def _piece(model: Network, ids: Sequence[int]) -> Piece:
     """`ids` as a text of its own."""
-    text = model.text(ids)
-    ends = [0]
-    for index, token in enumerate(ids):
-        added = len(added_text(model.tokenizer, ids[:index], [token]))
-        ends.append(min(ends[-1] + added, len(text)))
-    return Piece(text, 0, list(ids), list(pairwise(ends)))
+    text, offsets = spans_of(model.text, ids)
+    return Piece(text, 0, list(ids), offsets)
 
 
 def _segment(memory: Memory, number: int) -> Memory:

@@ -16,7 +16,7 @@ from nugget2d.errors import InputError, ModelError
 from nugget2d.losses import token_losses
 from nugget2d.memory import Memory
 from nugget2d.network import Network
-from nugget2d.segmentation import added_text
+from nugget2d.segmentation import REPLACEMENT
 from nugget2d.streaming.feed import TextFeed
 from nugget2d.streaming.past import Past
 from nugget2d.streaming.window import Window
@@ -87,8 +87,8 @@ class Stream:
         """Read on, and return how many tokens that were.
 
         Args:
-            piece: text, or ids (any 1-D sequence). The last word of a text is held back until it is known to have ended:
-                by more text, ids, or anything that asks for what comes next.
+            piece: text, or ids (any 1-D sequence). The last word of a text is held back until it is known to have
+                ended: by more text, ids, or anything that asks for what comes next.
 
         Raises:
             InputError: lone surrogates, or ids that are no tokens of this model; the stream stays as it was.
@@ -255,16 +255,17 @@ class Stream:
 
     def _texts(self, tokens: Iterator[int]) -> Iterator[str]:
         """The text of tokens as they come, whole characters at a time."""
-        shown: list[int] = []
+        before: list[int] = []  # what was shown last: some tokenizers drop a space at the start of a text
         held: list[int] = []
+        text = ""
         for token in tokens:
             held.append(token)
-            text = added_text(self._model.tokenizer, shown, held)
-            if not text.endswith("\ufffd"):
+            text = self._model.text([*before, *held])[len(self._model.text(before)) :]
+            if not text.endswith(REPLACEMENT):
                 yield text
-                shown, held = [*shown, *held][-4:], []
+                before, held = held, []
         if held:
-            yield added_text(self._model.tokenizer, shown, held)
+            yield text
 
 
 def _check(model: Network, tau: int, ratio: float | None, most: int | None) -> None:

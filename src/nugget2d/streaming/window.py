@@ -91,7 +91,7 @@ class Window:
 
     @property
     def rewindable(self) -> int:
-        """Tokens that `rewind` can take back: a carried token that became the last could not be read again as it was."""
+        """Tokens that `rewind` can take back: a carried token could not be read again as it was."""
         return max(0, self.fresh - 1) if self.carried else self.fresh
 
     def rewind(self, count: int) -> None:

@@ -60,7 +60,7 @@ class PretrainTask:
 
 
 class CompressTask:
-    """Autoencoding + continuation + streams + plain LM; one objective, length, ratio and policy for each micro-batch."""
+    """Autoencoding + continuation + streams + plain LM; each micro-batch draws objective, length, ratio, policy."""
 
     name = "compress"
 
