@@ -133,6 +133,7 @@ def test_on_a_terminal_the_figures_are_shown(model: str, tmp_path: Path) -> None
     os.write(near, b"/quit\n")
     assert process.wait(timeout=120) == 0
     os.close(near)
+    shown = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown)  # colours, cursor
     assert re.search(rb"\d+ tokens read, \d+ nuggets and \d+ whole tokens held, [\d,]+ bytes, ratio \d", shown)
 
 

@@ -234,6 +234,22 @@ def test_a_compressor_on_a_base_of_ones_own(tmp_path: Path) -> None:
     assert Nugget2D.from_pretrained(folder / "model").config.adapters == "lora"
 
 
+def test_streams_are_trained(tmp_path: Path) -> None:
+    content = yaml.safe_load(small_recipe(tmp_path, pretrain=None).read_text())
+    phase = {"objectives": {"stream": 3, "reconstruct": 1}, "windows": {32: 1}, "segments": 2}
+    content["compress"] |= {"tau": 16, "phases": [phase], "selection": "learned"}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
+    folder = train(tmp_path / "tiny.yaml")
+    log = [json.loads(line) for line in (folder / "compress" / "log.jsonl").read_text().splitlines()]
+    streamed = [record["loss_stream"] for record in log if "loss_stream" in record]
+    assert len(streamed) > 10 and streamed[-1] < streamed[0]
+    model = Nugget2D.from_pretrained(folder / "model")
+    assert model.config.context == 2 * 32 + 16 + 32 + 1  # every position that was read, and no other
+    stream = model.stream(16, 4)
+    stream.append(LINE * 8)
+    assert stream.num_nuggets > 0
+
+
 def test_slots_need_two_copies(tmp_path: Path) -> None:
     content = yaml.safe_load(small_recipe(tmp_path).read_text())
     content["compress"]["phases"] = [{"objectives": {"reconstruct": 1}, "windows": {32: 1}}]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from nugget2d.cli.options import DEFAULT_MODEL, ModelName
 from nugget2d.cli.shared import load_memory, load_model, require_temperature, say, write_stdout
@@ -78,10 +79,10 @@ class _Session:
 
     def read(self, name: str, text: str) -> None:
         """Take in a document, figures live on a terminal."""
-        with self._console.status(name) as status:
+        with self._console.status(Text(name)) as status:
             for place in range(0, len(text), PIECE):
                 self._stream.append(text[place : place + PIECE])
-                status.update(f"{name}: {figures(self._stream)}")
+                status.update(Text(f"{name}: {figures(self._stream)}"))
         self._stream.append("\n")
 
     def answer(self, line: str, max_new_tokens: int, temperature: float) -> None:
@@ -117,7 +118,7 @@ class _Session:
     def show_figures(self) -> None:
         """One dim line on standard error, if it is a terminal."""
         if self._console.is_terminal:
-            self._console.print(figures(self._stream), style="dim", soft_wrap=True)
+            self._console.print(Text(figures(self._stream), "dim"), soft_wrap=True)
 
     def _save(self, path: Path) -> None:
         if path.exists():
