@@ -93,7 +93,7 @@ def test_going_on_from_a_memory_is_reading_it(model: Nugget2D, ratio: float) -> 
 
 def test_nuggets_out_of_reach_are_held_but_not_read() -> None:
     model = tiny.trained("llama", "copies", context=160)
-    reach = 160 - 1 - TAU - CHUNK
+    reach = 160 - 2 - TAU - CHUNK
     parts = [model.compress(tiny.TEXT[start : start + 60], ratio=4) for start in range(0, 900, 60)]
     long = Memory.join(parts)
     stream = model.stream(TAU, 4, memory=long)
@@ -121,6 +121,17 @@ def test_long_streams_stay_in_bounds() -> None:
     late = model.stream(TAU, 4, max_nuggets=most)
     late.append(ids[length // CHUNK * CHUNK - 12 * CHUNK :])
     assert torch.allclose(late.logits, stream.logits, atol=1e-4)
+
+
+def test_sliding_windows_hide_nothing() -> None:
+    """All positions in use, and a slot for each: as many as a layer with a sliding window keeps."""
+    ids = tiny.random_ids(1, 700)[0]
+    sliding, full = (tiny.trained(kind, "copies", context=512) for kind in ("mistral-window", "mistral"))
+    streams = [model.stream(TAU, 1) for model in (sliding, full)]
+    for stream in streams:
+        stream.append(ids[:-1])
+        stream.append(ids[-1:])
+    assert same(*streams) and streams[0].cache_size > 512 - CHUNK
 
 
 def test_without_a_limit_all_nuggets_are_held(llama: Nugget2D) -> None:
@@ -218,6 +229,14 @@ def test_a_memory_of_another_model_is_refused(llama: Nugget2D) -> None:
         llama.stream(TAU, 4, memory=memory)
 
 
+@pytest.mark.parametrize("options", [{"dtype": "int8"}, {"exact": True}])
+def test_any_memory_can_be_gone_on_from(llama: Nugget2D, options: dict[str, object]) -> None:
+    memory = llama.compress(tiny.TEXT[:200], ratio=4, **options)
+    stream = llama.stream(TAU, 4, memory=memory)
+    stream.append(tiny.TEXT[200:600])
+    assert stream.memory().num_tokens == stream.num_tokens
+
+
 # ---- score and generate ----
 
 
@@ -283,7 +302,7 @@ def test_the_end_of_text_ends_writing_and_is_not_read(llama: Nugget2D, monkeypat
     ("options", "message"),
     [
         ({"tau": 0}, "tau must be at least 1"),
-        ({"tau": 4096}, "it can be 4031 at most"),
+        ({"tau": 4096}, "it can be 4030 at most"),
         ({"ratio": 0.5}, "ratio must be at least 1"),
         ({"ratio": float("nan")}, "ratio must be at least 1"),
         ({"max_nuggets": 0}, "max_nuggets must be at least 1"),

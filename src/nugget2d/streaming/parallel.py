@@ -49,7 +49,7 @@ def mixed_logits(
     """
     if ids.shape[1] != layout.length:
         raise InputError(f"{ids.shape[1]} tokens, but the layout is one of {layout.length}")
-    model.require_positions(layout.length + 1)
+    model.require_positions(layout.length + 1, slots=layout.length + 1)
     if way is None:
         way = "flex" if ids.is_cuda and (nuggets is None or nuggets.bias is None) else "chunked"
     return _by_rows(model, nuggets, ids, layout) if way == "chunked" else _in_one_row(model, nuggets, ids, layout, way)

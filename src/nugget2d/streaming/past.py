@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from nugget2d.cache import Nuggets
+from nugget2d.config import Threshold
 from nugget2d.encoding import encode, native_dtype
 from nugget2d.memory import Memory
 from nugget2d.network import Network
@@ -31,8 +32,9 @@ class Past:
     given: int = 0
 
     @staticmethod
-    def of(memory: Memory) -> "Past":
-        """The past that `memory` stands for."""
+    def of(model: Network, memory: Memory) -> "Past":
+        """The past that `memory` stands for, in the precision of the segments that will follow."""
+        memory = replace(memory, exact=None).to(native_dtype(model))
         parts = tuple(_segment(memory, number) for number in range(len(memory.segments)))
         return Past(parts, memory.num_tokens, memory.num_nuggets)
 
@@ -42,10 +44,15 @@ class Past:
         return sum(memory.num_nuggets for memory in self.memories)
 
     @torch.no_grad()
-    def add(self, model: Network, ids: Sequence[int], ratio: float | None, most: int | None) -> "Past":
-        """This past and one more segment; `ratio` None goes by the model's threshold, `most` nuggets are kept."""
-        count = _above_threshold(model, ids) if ratio is None else next_count(self.tokens, self.given, len(ids), ratio)
-        selection = "learned" if ratio is None else model.config.selection
+    def add(self, model: Network, ids: Sequence[int], rule: float | Threshold, most: int | None) -> "Past":
+        """This past and one more segment, its nuggets by ratio or by score; at most `most` are kept in all."""
+        selection = model.config.selection
+        if isinstance(rule, Threshold):
+            # of the last token, always a nugget, the score does not matter: the best so many are those above
+            scores = model.token_scores(torch.tensor([ids], device=model.device))[0, :-1]
+            selection, count = "learned", 1 + int((scores > rule.value).sum())
+        else:
+            count = next_count(self.tokens, self.given, len(ids), rule)
         draft = encode(model, [_piece(model, ids)], [count], selection, native_dtype(model))[0]
         longer = Past((*self.memories, draft.memory), self.tokens + len(ids), self.given + draft.count)
         return longer.within(most)
@@ -79,14 +86,6 @@ class Past:
         return placed_nuggets(model, joined, slice(first, None), positions[first:])
 
 
-def _above_threshold(model: Network, ids: Sequence[int]) -> int:
-    """Tokens of a segment that score above the model's threshold, and the last."""
-    if model.config.threshold is None:
-        raise ValueError("the model has no threshold")
-    scores = model.token_scores(torch.tensor([ids], device=model.device))[0, :-1]
-    return 1 + int((scores > model.config.threshold.value).sum())
-
-
 def _piece(model: Network, ids: Sequence[int]) -> Piece:
     """`ids` as a text of its own."""
     text, offsets = spans_of(model.text, ids)
@@ -108,5 +107,4 @@ def _segment(memory: Memory, number: int) -> Memory:
         token_spans=memory.token_spans[part] - segment.start,
         scores=memory.scores[part],
         segments=(replace(segment, start=0, end=segment.end - segment.start),),
-        exact=None,
     )

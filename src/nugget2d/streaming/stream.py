@@ -43,13 +43,13 @@ class Stream:
         """See `Nugget2D.stream`."""
         self.tau, self.chunk = tau, model.config.window
         self._model, self._most = model, max_nuggets
-        self._ratio = DEFAULT_RATIO if ratio is None and model.config.threshold is None else ratio
-        self._farthest = model.config.context - 1 - tau - self.chunk  # where the border stops
+        self._rule = model.config.threshold or DEFAULT_RATIO if ratio is None else ratio
+        self._farthest = _room(model) - tau  # where the border stops
         _check(model, tau, ratio, max_nuggets)
         past = Past()
         if memory is not None:
             memory.require(model.fingerprint)
-            past = Past.of(memory).within(max_nuggets)
+            past = Past.of(model, memory).within(max_nuggets)
         self._feed = TextFeed(model.tokenizer)
         self._window = self._open(past)
         self._before: Window | None = None
@@ -190,7 +190,7 @@ class Stream:
         self._finish()
         past, ids = self._window.past, self._window.ids
         for start in range(0, len(ids), self.chunk):
-            past = past.add(self._model, ids[start : start + self.chunk], self._ratio, self._most)
+            past = past.add(self._model, ids[start : start + self.chunk], self._rule, self._most)
         if not past.memories:
             raise InputError("nothing was read: there is nothing to remember")
         return past.memory()
@@ -225,7 +225,7 @@ class Stream:
 
     def _slide(self) -> None:
         before = self._window
-        past = before.past.add(self._model, before.ids[: self.chunk], self._ratio, self._most)
+        past = before.past.add(self._model, before.ids[: self.chunk], self._rule, self._most)
         self._window = before.slide(self.chunk, past, self._border(past))
         self._before = before
 
@@ -268,6 +268,11 @@ class Stream:
             yield text
 
 
+def _room(model: Network) -> int:
+    """Positions for tau and nuggets: one is the head's, and of a sliding window of W a cache keeps W - 1."""
+    return model.config.context - 2 - model.config.window
+
+
 def _check(model: Network, tau: int, ratio: float | None, most: int | None) -> None:
     """Refuse what cannot be streamed."""
     if tau < 1:
@@ -277,7 +282,7 @@ def _check(model: Network, tau: int, ratio: float | None, most: int | None) -> N
     if most is not None and most < 1:
         raise InputError(f"max_nuggets must be at least 1, got {most}; None sets no limit")
     config = model.config
-    largest = config.context - 1 - 2 * config.window  # whole tokens, and at least one chunk of nuggets within reach
+    largest = _room(model) - config.window  # at least one chunk of nuggets within reach
     if tau > largest:
         raise InputError(
             f"tau is {tau}, but {config.name!r} was trained on contexts of {config.context} tokens and chunks of "
