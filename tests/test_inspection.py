@@ -14,8 +14,9 @@ from rich.console import Console
 from cli_fixtures import TEXT, save_tiny_model
 from nugget2d import Memory, Nugget2D
 from nugget2d.inspection import inspect_memory, inspect_text, print_inspection, to_html, to_json
-from nugget2d.inspection.marks import LEVELS, spans_of
+from nugget2d.inspection.marks import LEVELS
 from nugget2d.inspection.visible import visible
+from nugget2d.segmentation import spans_of
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,10 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ({"compress": COMPRESS | {"ratios": {"start": [9, 2]}}}, "[9, 2]"),
         ({"compress": COMPRESS | {"adapters": "lora"}}, "leave `lm` out"),
         ({"compress": COMPRESS | {"phases": [PHASE | {"from": 0.5}]}}, "`from: 0`"),
+        (
+            {"compress": COMPRESS | {"mixed_ratios": True, "phases": [PHASE | {"objectives": {"stream": 1}}]}},
+            "`stream` reads rows of one ratio",
+        ),
         ({"compress": COMPRESS | {"init": "nano", "adapters": "copies"}}, "brings its own adapters: remove it"),
         ({"compress": COMPRESS | {"init": "nano"}}, "'nano' brings its own LM"),
         ({"compress": COMPRESS | {"phases": [PHASE | {"objectives": {"guess": 1}}]}}, "guess"),
@@ -212,6 +216,22 @@ def test_a_compressor_on_a_base_of_ones_own(tmp_path: Path) -> None:
     after = load_file(folder / "model" / "base" / "model.safetensors")
     assert all(torch.equal(after[name], tensor.bfloat16()) for name, tensor in before.items())
     assert Nugget2D.from_pretrained(folder / "model").config.adapters == "lora"
+
+
+def test_streams_are_trained(tmp_path: Path) -> None:
+    content = yaml.safe_load(small_recipe(tmp_path, pretrain=None).read_text())
+    phase = {"objectives": {"stream": 3, "reconstruct": 1}, "windows": {32: 1}, "segments": 2}
+    content["compress"] |= {"tau": 16, "phases": [phase], "selection": "learned"}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
+    folder = train(tmp_path / "tiny.yaml")
+    log = [json.loads(line) for line in (folder / "compress" / "log.jsonl").read_text().splitlines()]
+    streamed = [record["loss_stream"] for record in log if "loss_stream" in record]
+    assert len(streamed) > 10 and streamed[-1] < streamed[0]
+    model = Nugget2D.from_pretrained(folder / "model")
+    assert model.config.context == 2 * 32 + 16 + 32 + 1  # every position that was read, and no other
+    stream = model.stream(16, 4)
+    stream.append(LINE * 8)
+    assert stream.num_nuggets > 0
 
 
 def test_slots_need_two_copies(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from nugget2d.config import SelectionName
-from nugget2d.encoding import BATCH_TOKENS, Draft, batches, encode, logits_limit, measure
+from nugget2d.encoding import BATCH_TOKENS, Draft, batches, encode, logits_limit, measure, native_dtype
 from nugget2d.errors import InputError
 from nugget2d.exact import ExactRecord
 from nugget2d.memory import Memory
@@ -36,7 +36,7 @@ def compress_texts(
     _check(ratio, quality, steps)
     documents = [_cut(model, text, number) for number, text in enumerate(texts)]
     pieces = [piece for document in documents for piece in document]
-    store: StoreDtype = dtype or ("bfloat16" if model.lm.dtype == torch.bfloat16 else "float32")
+    store = dtype or native_dtype(model)
     if quality is not None and not steps:
         drafts = meet_quality(model, pieces, quality, selection, store, on_progress)
     else:

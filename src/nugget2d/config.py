@@ -14,6 +14,13 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Threshold(Frozen):
+    """Tokens that score above `value` are nuggets; on the text it was calibrated on, one in `ratio` tokens."""
+
+    ratio: float = Field(ge=1)
+    value: float
+
+
 class NuggetConfig(Frozen):
     """The choices that a checkpoint was trained with.
 
@@ -29,6 +36,7 @@ class NuggetConfig(Frozen):
         context: the longest text, in tokens, that the model was trained to go on from; of a longer memory,
             the last segments that fit are read.
         flag: add a learned vector to the input embedding of chosen tokens ("nugget feedback", Nugget, section 3).
+        threshold: how a stream chooses nuggets unless its ratio is given (`Nugget2D.calibrate`); None counts instead.
     """
 
     name: str = "unnamed"
@@ -40,3 +48,4 @@ class NuggetConfig(Frozen):
     window: int = Field(default=512, ge=8)
     context: int = Field(default=4096, ge=8)
     flag: bool = True
+    threshold: Threshold | None = None

@@ -51,6 +51,11 @@ def logits_limit(model: Network) -> int:
     return max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.lm.config.vocab_size))
 
 
+def native_dtype(model: Network) -> StoreDtype:
+    """How states are kept when nobody asks for another dtype."""
+    return "bfloat16" if model.lm.dtype == torch.bfloat16 else "float32"
+
+
 def batches(pieces: Sequence[Piece], limit: int) -> Iterator[list[int]]:
     """Indices of pieces of similar length: at most `limit` tokens with padding, none padded by more than a third."""
     lengths = [len(piece.ids) for piece in pieces]

@@ -9,12 +9,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nugget2d import compressing, generation, pretrained, reading
-from nugget2d.config import Adapters, NuggetConfig, SelectionName
+from nugget2d.config import Adapters, NuggetConfig, SelectionName, Threshold
 from nugget2d.errors import InputError, ModelError
 from nugget2d.memory import Memory
 from nugget2d.network import Network
 from nugget2d.parameters import attention_projections
 from nugget2d.states import StoreDtype
+from nugget2d.streaming.stream import Stream
+from nugget2d.streaming.threshold import calibrate_threshold
 from nugget2d.support import fitting_fields
 
 
@@ -307,3 +309,40 @@ class Nugget2D(Network):
             MismatchError: the memory was made by another model.
         """
         return reading.score(self, text, memory)
+
+    def stream(
+        self,
+        tau: int = 128,
+        ratio: float | None = None,
+        max_nuggets: int | None = None,
+        *,
+        memory: Memory | None = None,
+    ) -> Stream:
+        """Read without end: recent tokens whole, everything older as nuggets (Nugget2D, section 3.3).
+
+        Args:
+            tau: tokens kept whole, at least, once so many were read; up to `config.window` more are whole until they
+                are compressed together.
+            ratio: tokens for each nugget, at least 1; None goes by the model's threshold (`calibrate`), or is 10 where
+                it has none.
+            max_nuggets: how many are held at most; the oldest are given up first. None keeps all.
+            memory: what was read before.
+
+        Raises:
+            InputError: tau below 1 or too large for `config.context`, a ratio or max_nuggets below 1.
+            MismatchError: the memory was made by another model.
+            ModelError: this model's keys cannot be moved to other positions.
+        """
+        return Stream(self, tau, ratio, max_nuggets, memory)
+
+    def calibrate(self, text: str, ratio: float) -> None:
+        """Set the score above which streams make a token a nugget, so that about one in `ratio` tokens of `text` is.
+
+        It becomes part of `config` and is saved with the model.
+
+        Raises:
+            InputError: the model's selection does not go by scores, the text is shorter than `config.window` tokens, a
+                ratio below 1.
+        """
+        value = calibrate_threshold(self, self.ids(text)[0], ratio)
+        self.config = self.config.model_copy(update={"threshold": Threshold(ratio=ratio, value=value)})

@@ -195,7 +195,7 @@ class Network(nn.Module):
             self.require_positions(int(first.max()) + queries, slots=slots)
         positions = first + steps
         cache = None if nuggets is None else nuggets.to_cache(self.lm.config)
-        mask = None if nuggets is None else reading_mask(nuggets, batch, queries, self._mask_like(embeds))
+        mask = None if nuggets is None else reading_mask(nuggets, batch, queries, self.mask_like(embeds))
         with self.parameters_by_role.role("base" if prompt is None else "decoder") as lm:
             return lm(
                 inputs_embeds=embeds,
@@ -269,7 +269,7 @@ class Network(nn.Module):
         return torch.tensor(flags + [False] * (size - len(flags)))
 
     @staticmethod
-    def _mask_like(embeds: Tensor) -> Tensor:
+    def mask_like(embeds: Tensor) -> Tensor:
         """A tensor of the dtype that attention will compute in: a float mask must have the dtype of the queries."""
         device = embeds.device.type
         if torch.is_autocast_enabled(device):

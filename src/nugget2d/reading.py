@@ -68,16 +68,21 @@ def text_nuggets(model: Network, memory: Memory, room: int = 0) -> tuple[Nuggets
         )
     skipped = sum(segment.num_tokens for segment in memory.segments[:first])
     kept = slice(memory.segment_slices[first].start, None)
+    nuggets = placed_nuggets(model, memory, kept, torch.tensor(memory.positions)[kept] - skipped)
+    return nuggets, memory.num_tokens - skipped
+
+
+def placed_nuggets(model: Network, memory: Memory, kept: slice, positions: Tensor) -> Nuggets:
+    """The nuggets `kept` of a memory as one row, their keys rotated to `positions`, one for each."""
     device, dtype = model.device, model.lm.dtype
     keys = [states.restore()[None, :, kept].to(device) for states in memory.keys]
-    if len(memory.segments) - first > 1:
-        shift = torch.tensor([memory.positions]) - memory.local_positions - skipped
-        keys = model.rotation(keys, shift[:, kept])
-    nuggets = Nuggets(
+    shift = positions - memory.local_positions[kept]
+    if shift.any():  # keys that cannot be moved can be read where they are
+        keys = model.rotation(keys, shift[None])
+    return Nuggets(
         [layer.to(dtype) for layer in keys],
         [states.restore()[None, :, kept].to(device, dtype) for states in memory.values],
     )
-    return nuggets, memory.num_tokens - skipped
 
 
 def _first_within(memory: Memory, limit: int) -> int:

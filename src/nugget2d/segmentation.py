@@ -1,7 +1,7 @@
 """Text to tokens, and long texts to segments that a model was trained to compress."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from nugget2d.errors import InputError
 
 _ANCHOR = "\n"
+REPLACEMENT = "\ufffd"  # what a tokenizer decodes an unfinished character to
 _CLOSERS = "\"')]}»”’"
 _SENTENCE_ENDS = ".!?…。！？"
 # Unicode categories that continue the character before: marks, joiners and variation selectors, skin tones
@@ -37,13 +38,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], 
     Raises:
         InputError: `text` holds lone surrogates, which no UTF-8 file can contain.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"the text has a lone surrogate at character {error.start}, which UTF-8 cannot hold; "
-            "decode the source with the right encoding"
-        ) from error
+    require_utf8(text)
     encoded = tokenizer(
         text,
         add_special_tokens=False,
@@ -53,6 +48,21 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], 
         verbose=False,
     )
     return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def require_utf8(text: str) -> None:
+    """Check that `text` can be encoded.
+
+    Raises:
+        InputError: it has a lone surrogate.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text has a lone surrogate at character {error.start}, which UTF-8 cannot hold; "
+            "decode the source with the right encoding"
+        ) from error
 
 
 def detokenize(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -78,6 +88,26 @@ def detokenize_after(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> 
     anchored = [*tokenize(tokenizer, _ANCHOR)[0], *ids]
     text = tokenizer.decode(anchored, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return cast(str, text).removeprefix(_ANCHOR)
+
+
+def spans_of(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+    """The text of `ids` and the characters [start, end) of each token; tokens that share a character share a span.
+
+    A token's text may depend on the one before it (leading spaces), and its bytes may end inside a character. So
+    each group of tokens that ends on a whole character is decoded together with the group before it.
+    """
+    spans: list[tuple[int, int]] = []
+    text = ""
+    before = done = 0
+    for end in range(1, len(ids) + 1):
+        grown = decode(ids[before:end])
+        if grown.endswith(REPLACEMENT) and end < len(ids):
+            continue
+        fresh = grown[len(decode(ids[before:done])) :]
+        spans += [(len(text), len(text) + len(fresh))] * (end - done)
+        text += fresh
+        before, done = done, end
+    return text, spans
 
 
 def split(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> list[Piece]:

@@ -92,13 +92,18 @@ def count_nuggets(lengths: Sequence[int], ratio: float) -> list[int]:
     """
     if not ratio >= 1:
         raise InputError(f"ratio must be at least 1 (1 keeps every token), got {ratio}")
-    counts = []
+    counts: list[int] = []
     tokens = given = 0
     for length in lengths:
+        counts.append(next_count(tokens, given, length, ratio))
         tokens += length
-        counts.append(min(length, max(1, ceil(tokens / ratio) - given)))
         given += counts[-1]
     return counts
+
+
+def next_count(tokens: int, given: int, length: int, ratio: float) -> int:
+    """Nuggets for a segment of `length` tokens, after `tokens` that were given so many."""
+    return min(length, max(1, ceil((tokens + length) / ratio) - given))
 
 
 def select(

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from nugget2d import __version__
 from nugget2d.cli.bench import bench
+from nugget2d.cli.chat import chat
 from nugget2d.cli.compress import compress
 from nugget2d.cli.demo import demo
 from nugget2d.cli.doctor import doctor
@@ -63,7 +64,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compress long texts into small memories (nuggets) that a language model reads back.",
 )
-for command in (compress, reconstruct, generate, inspect, train, demo, doctor):
+for command in (compress, reconstruct, generate, chat, inspect, train, demo, doctor):
     app.command()(command)
 app.add_typer(bench)
 

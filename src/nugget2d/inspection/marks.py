@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from nugget2d.memory import Memory
 from nugget2d.model import Nugget2D
 from nugget2d.reading import reconstruct_ids
+from nugget2d.segmentation import spans_of
 
 LEVELS = 5  # shades of highlighting
-REPLACEMENT = "\ufffd"  # what a tokenizer decodes an unfinished character to
 
 
 @dataclass(frozen=True)
@@ -112,26 +112,6 @@ def inspect_memory(
         first += segment.num_nuggets
         start += len(text)
     return _inspection("".join(texts), spans, memory, reconstructed=True)
-
-
-def spans_of(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-    """The text of `ids` and the characters [start, end) of each token; tokens that share a character share a span.
-
-    A token's text may depend on the one before it (leading spaces), and its bytes may end inside a character. So
-    each group of tokens that ends on a whole character is decoded together with the group before it.
-    """
-    spans: list[tuple[int, int]] = []
-    text = ""
-    before = done = 0
-    for end in range(1, len(ids) + 1):
-        grown = decode(ids[before:end])
-        if grown.endswith(REPLACEMENT) and end < len(ids):
-            continue
-        fresh = grown[len(decode(ids[before:done])) :]
-        spans += [(len(text), len(text) + len(fresh))] * (end - done)
-        text += fresh
-        before, done = done, end
-    return text, spans
 
 
 def to_json(inspection: Inspection) -> str:

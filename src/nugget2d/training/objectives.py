@@ -1,4 +1,4 @@
-"""The losses: autoencoding, continuation and plain language modelling (Nugget2D, sections 3 and 4).
+"""The losses: autoencoding, continuation, streams and plain language modelling (Nugget2D, sections 3 and 4).
 
 All take (B, n) ids on the model's device and return mean nats per token.
 """
@@ -12,6 +12,8 @@ from nugget2d.cache import Nuggets
 from nugget2d.config import SelectionName
 from nugget2d.losses import token_losses
 from nugget2d.network import Encoded, Network
+from nugget2d.streaming.layout import Layout
+from nugget2d.streaming.parallel import mixed_logits
 
 
 def reconstruct_loss(
@@ -72,13 +74,46 @@ def _continuation(
     generator: torch.Generator,
 ) -> Tensor:
     """(B, n - segments * length, V): what the decoder predicts after the joined memories of the segments."""
-    batch = len(ids)
-    context, target = ids[:, : segments * length], ids[:, segments * length :]
-    rows = context.reshape(batch * segments, length)
+    target = ids[:, segments * length :]
+    nuggets = _memories(model, ids, segments, length, counts, selection, generator)
+    return model.decode(nuggets, target[:, :-1], prompt="continue", start=segments * length)
+
+
+def stream_loss(
+    model: Network,
+    ids: Tensor,
+    segments: int,
+    length: int,
+    counts: Sequence[int],
+    selection: SelectionName,
+    generator: torch.Generator,
+) -> Tensor:
+    """Autoregressive mode: the likelihood of a text that is read as a stream reads it (Nugget2D, section 3.3).
+
+    (B, tau + (segments + 1) * length) ids: the first `segments` windows of `length` tokens are compressed one by one; a
+    token sees the windows that have left it behind as nuggets, and at least tau tokens before it whole. The loss is of
+    those that see nuggets. All of `counts` are the same.
+    """
+    layout = Layout(tau=ids.shape[1] - (segments + 1) * length, chunk=length, views=segments + 1)
+    nuggets = _memories(model, ids, segments, length, counts, selection, generator)
+    first = layout.tau + layout.chunk
+    return token_losses(mixed_logits(model, nuggets, ids, layout)[:, first:-1], ids[:, first + 1 :]).mean()
+
+
+def _memories(
+    model: Network,
+    ids: Tensor,
+    segments: int,
+    length: int,
+    counts: Sequence[int],
+    selection: SelectionName,
+    generator: torch.Generator,
+) -> Nuggets:
+    """The joined memories of the first `segments` windows of `length` tokens, counts[i] nuggets of each in row i."""
+    rows = ids[:, : segments * length].reshape(-1, length)
     each = [count for count in counts for _ in range(segments)]
     encoded = model.encode(rows, [length] * len(rows), each, selection=selection, generator=generator)
-    nuggets = join_rows(model, encoded.nuggets, batch, segments, length)
-    return model.decode(nuggets, target[:, :-1], prompt="continue", start=segments * length)
+    return join_rows(model, encoded.nuggets, len(ids), segments, length)
 
 
 def lm_loss(model: Network, ids: Tensor) -> Tensor:

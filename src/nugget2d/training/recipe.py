@@ -98,7 +98,7 @@ class PretrainStage(Stage):
     window: int = Field(default=128, ge=8)
 
 
-Objective = Literal["reconstruct", "uniform", "continue", "distill", "lm"]
+Objective = Literal["reconstruct", "uniform", "continue", "distill", "stream", "lm"]
 MemoryKind = Literal["nuggets", "pooled", "slots", "part"]
 FROZEN = "a frozen base cannot learn plain LM: leave `lm` out of the objectives, or use copies"
 # of a compressor to go on from, these are settled
@@ -111,11 +111,11 @@ class Phase(Frozen):
     Attributes:
         objectives: "reconstruct" is autoencoding of text, "uniform" of tokens drawn evenly from the vocabulary (text
             shows rare tokens too seldom), "continue" goes on from memories, "distill" does so as the LM would from the
-            whole context, "lm" is plain language modelling.
+            whole context, "stream" reads as `Nugget2D.stream` does, "lm" is plain language modelling.
         windows: segment lengths in tokens.
         selections: policies; None takes the stage's own `selection` alone.
-        segments: plain LM and the contexts of continuation and distillation are 1 .. `segments` windows long; a context
-            is compressed window by window and joined.
+        segments: plain LM and the contexts of continuation and distillation are 1 .. `segments` windows long, and as
+            many windows of a stream become nuggets; a context is compressed window by window and joined.
     """
 
     start: float = Field(default=0.0, ge=0, lt=1, alias="from")
@@ -155,8 +155,9 @@ class CompressStage(Stage):
         memory_layers: the layers, from 0, that memory "part" keeps.
         flag: add a learned vector to the input embedding of nuggets.
         phases: what is trained when; the first starts at 0.
-        mixed_ratios: every row of a micro-batch draws a ratio of its own; else a step draws one for all.
+        mixed_ratios: every row of a micro-batch draws its own ratio (not for streams); else a step draws one for all.
         target: tokens to predict in continuation.
+        tau: tokens before the last window of a stream that are whole.
         readout: weight of the slot read-out loss (readout.py); 0 turns it off.
         addressing: start with attention biases that address slots by distance (addressing.py).
         checkpoint_activations: run each layer again in the backward pass instead of keeping what it computed.
@@ -176,6 +177,7 @@ class CompressStage(Stage):
     ratios: RatioConfig = RatioConfig()
     mixed_ratios: bool = False
     target: int = Field(default=64, ge=1)
+    tau: int = Field(default=128, ge=1)
     readout: float = Field(default=0.0, ge=0)
     addressing: bool = False
     checkpoint_activations: bool = False
@@ -190,6 +192,8 @@ class CompressStage(Stage):
             raise ValueError("give `memory_layers`, the layers to keep, with `memory: part` and with nothing else")
         if self.init is not None and (given := [key for key in SETTLED if key in self.model_fields_set]):
             raise ValueError(f"`init` brings its own {', '.join(given)}: remove {'it' if len(given) == 1 else 'them'}")
+        if self.mixed_ratios and any("stream" in phase.objectives for phase in self.phases):
+            raise ValueError("`stream` reads rows of one ratio: leave it out of the objectives, or `mixed_ratios`")
         if self.init is None and self.adapters == "lora" and self.trains_lm:
             raise ValueError(FROZEN)
         return self
@@ -206,8 +210,13 @@ class CompressStage(Stage):
 
     @property
     def longest_context(self) -> int:
-        """The longest text that plain LM or continuation sees, in tokens."""
-        return max(max(phase.windows) * phase.segments for phase in self.phases)
+        """The longest text that plain LM, continuation or a stream sees, in tokens."""
+        return max(self._longest_text(phase) for phase in self.phases)
+
+    def _longest_text(self, phase: Phase) -> int:
+        window = max(phase.windows)
+        streamed = self.tau + window + 1 if "stream" in phase.objectives else 0  # and the head
+        return window * phase.segments + streamed
 
     def phase(self, progress: float) -> Phase:
         """The phase at a point of the run."""

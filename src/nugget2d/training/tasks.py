@@ -15,12 +15,12 @@ from nugget2d.model import Nugget2D
 from nugget2d.selection import count_nuggets
 from nugget2d.training.activations import offloaded, recomputed
 from nugget2d.training.corpus import Pack
-from nugget2d.training.objectives import continue_loss, distill_loss, lm_loss, reconstruct_loss
+from nugget2d.training.objectives import continue_loss, distill_loss, lm_loss, reconstruct_loss, stream_loss
 from nugget2d.training.readout import readout_loss
 from nugget2d.training.recipe import CompressStage, Objective, PretrainStage
 from nugget2d.training.schedule import choose, sample_ratio
 
-GOING_ON = {"continue": continue_loss, "distill": distill_loss}
+GOING_ON = {"continue": continue_loss, "distill": distill_loss, "stream": stream_loss}
 
 
 class PretrainTask:
@@ -56,7 +56,7 @@ class PretrainTask:
 
 
 class CompressTask:
-    """Autoencoding + continuation + plain LM; one objective, length, ratio and policy for each step."""
+    """Autoencoding + continuation + streams + plain LM; one objective, length, ratio and policy for each step."""
 
     name = "compress"
 
@@ -85,7 +85,8 @@ class CompressTask:
         objective: Objective = choose(phase.objectives, shared)
         segments = int(torch.randint(1, phase.segments + 1, (1,), generator=shared))
         going_on = objective in GOING_ON
-        ids = self._draw((segments if going_on or objective == "lm" else 1) * length + stage.target * going_on, own)
+        after = 0 if not going_on else stage.tau + length if objective == "stream" else stage.target
+        ids = self._draw((segments if going_on or objective == "lm" else 1) * length + after, own)
         ratios = [sample_ratio(progress, stage.ratios, own) if stage.mixed_ratios else ratio for _ in ids]
         counts = [count_nuggets([length], one)[0] for one in ratios]
         if objective == "uniform":

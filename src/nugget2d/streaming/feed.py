@@ -1,0 +1,67 @@
+"""Text that arrives in pieces, as the tokens of the whole: where it was cut must not show."""
+
+import re
+
+from transformers import PreTrainedTokenizerBase
+
+from nugget2d.segmentation import require_utf8, tokenize
+
+# A word longer than this is cut: scripts without spaces must not be held back for ever.
+LONGEST = 400
+
+# From the last cut to where a space follows something else: tokenizers begin a new token there.
+_UNIT = re.compile(rf".{{0,{LONGEST - 1}}}?\S(?= )|.{{{LONGEST}}}", re.DOTALL)
+
+
+class TextFeed:
+    """Holds back the word that may go on in the next piece; tokens depend on the text alone, not on its pieces."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Nothing held."""
+        self._tokenizer = tokenizer
+        self._before = ""  # the last unit given out: some tokenizers begin a text otherwise than they go on
+        self._held = ""
+
+    def push(self, text: str) -> list[int]:
+        """Tokens of all that was held and `text`, up to the last word, which is held.
+
+        Raises:
+            InputError: `text` holds lone surrogates; nothing of it is kept.
+        """
+        require_utf8(text)
+        self._held += text
+        ids: list[int] = []
+        run, end = "", 0
+        for unit in _UNIT.finditer(self._held):
+            end = unit.end()
+            run += unit[0]
+            if len(unit[0]) == LONGEST:
+                ids += self._tokens(run)
+                run, self._before = "", ""
+        ids += self._tokens(run)
+        self._held = self._held[end:]
+        return ids
+
+    def flush(self) -> list[int]:
+        """Tokens of what is held; the text that follows is tokenized as if it began there."""
+        ids = self._tokens(self._held)
+        self._held = self._before = ""
+        return ids
+
+    def copy(self) -> "TextFeed":
+        """Another feed in the same state."""
+        other = TextFeed(self._tokenizer)
+        other._before, other._held = self._before, self._held
+        return other
+
+    def _tokens(self, text: str) -> list[int]:
+        """Tokens of `text` as it goes on from the last unit, which it replaces by its own."""
+        if not text:
+            return []
+        border = len(self._before)
+        ids, offsets = tokenize(self._tokenizer, self._before + text)
+        self._before = text[text.rfind(" ") :] if " " in text else text
+        first = next((index for index, (_, end) in enumerate(offsets) if end > border), len(ids))
+        if first < len(ids) and offsets[first][0] < border:  # a token across the border
+            return tokenize(self._tokenizer, text)[0]
+        return ids[first:]

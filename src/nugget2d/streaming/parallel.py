@@ -1,0 +1,214 @@
+"""A whole text as a stream would read it, all chunks at once: one decoder pass to train or measure on.
+
+Three ways to the same logits, none of which touches model code:
+
+- `chunked`: every chunk is a row of its own, whose cache gathers, at every layer, the nuggets and the tau tokens
+  before it from the other rows. A query meets nuggets + tau + chunk keys instead of all, by any attention.
+- `flex`: one row, and a block mask for FlexAttention, which skips what nobody sees.
+- `dense`: one row, and a mask of all queries by all keys: simple, and what the others are held against.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from nugget2d.cache import Nuggets
+from nugget2d.errors import InputError
+from nugget2d.network import Network
+from nugget2d.streaming.layout import NEVER, Keys, Layout, Queries, joined
+
+Way = Literal["chunked", "flex", "dense"]
+
+
+def mixed_logits(
+    model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layout, way: Way | None = None
+) -> Tensor:
+    """What the decoder predicts, reading whole tokens nearby and nuggets for what is farther away.
+
+    As `Stream` does, but for one thing: there the base, not the decoder, reads until the first segment is compressed.
+    They differ with adapters, not with copies.
+
+    Args:
+        model: who reads.
+        nuggets: (B, segments * count) unpadded, keys at their positions in the text; None with one view.
+        ids: (B, layout.length) tokens.
+        layout: how the text is cut.
+        way: None takes flex on CUDA, chunked elsewhere and where a gradient has to reach the scorer.
+
+    Returns:
+        (B, n, V): row t predicts ids[t + 1].
+
+    Raises:
+        InputError: the layout does not fit the tokens, or needs more positions than the model has.
+    """
+    if ids.shape[1] != layout.length:
+        raise InputError(f"{ids.shape[1]} tokens, but the layout is one of {layout.length}")
+    model.require_positions(layout.length + 1, slots=layout.length + 1)
+    if way is None:
+        way = "flex" if ids.is_cuda and (nuggets is None or nuggets.bias is None) else "chunked"
+    return _by_rows(model, nuggets, ids, layout) if way == "chunked" else _in_one_row(model, nuggets, ids, layout, way)
+
+
+# ---- one row: [heads | tokens] ----
+
+
+def _in_one_row(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layout, way: Way) -> Tensor:
+    device = ids.device
+    heads, head_keys = layout.heads(device, start=model.start_token is not None)
+    tokens, token_keys = layout.tokens(device)
+    queries = Queries(*(torch.cat(fields) for fields in zip(heads, tokens, strict=True)))
+    keys = joined([*_nugget_keys(nuggets, layout, device), head_keys, token_keys])
+    embeds = torch.cat([_heads(model, layout).expand(len(ids), -1, -1), model.embed(ids)], dim=1)
+    positions = torch.cat([heads.view * layout.chunk, tokens.order])
+    cache = DynamicCache(config=model.lm.config) if nuggets is None else nuggets.to_cache(model.lm.config)
+    with model.parameters_by_role.role("decoder") as lm:
+        if way == "dense":
+            mask = _additive(keys.seen_by(Queries(*(field[:, None] for field in queries))), nuggets, len(ids), embeds)
+            return _logits(lm, embeds, positions[None], cache, mask)[:, layout.views :]
+        with _attending(lm, "flex_attention"):
+            return _logits(lm, embeds, positions[None], cache, _block_mask(queries, keys))[:, layout.views :]
+
+
+def _block_mask(queries: Queries, keys: Keys) -> BlockMask:
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return Keys(*(field[key] for field in keys)).seen_by(Queries(*(field[query] for field in queries)))
+
+    return create_block_mask(seen, None, None, len(queries.view), len(keys.first), device=queries.view.device)
+
+
+@contextmanager
+def _attending(lm: PreTrainedModel, name: str) -> Iterator[None]:
+    before = lm.config._attn_implementation
+    lm.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        lm.set_attn_implementation(before)
+
+
+# ---- a row for each chunk: [head | chunk] ----
+
+
+def _by_rows(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layout) -> Tensor:
+    batch, device = len(ids), ids.device
+    rows = _Rows(layout)
+    head_keys = layout.heads(device, start=model.start_token is not None)[1]
+    token_keys = layout.tokens(device)[1]
+    view = rows.views(device)  # (C,)
+    own = rows.split(token_keys.order, 0)  # (C, chunk); the padding looks from before the first token
+    queries = Queries(view[:, None, None], torch.cat([torch.zeros_like(view)[:, None], own], dim=1)[..., None])
+    parts = [Keys(*(field.expand(rows.count, -1) for field in part)) for part in _nugget_keys(nuggets, layout, device)]
+    padded = [(token_keys.first, NEVER), (token_keys.last, 0), (token_keys.order, 0)]
+    parts.append(Keys(*(rows.before(rows.pad(field, fill), fill) for field, fill in padded)))
+    parts.append(Keys(*(field[view][:, None] for field in head_keys)))
+    parts.append(Keys(*(rows.split(field, fill) for field, fill in padded)))
+    seen = joined(parts)
+    mask = Keys(*(field[:, None] for field in seen)).seen_by(queries)  # (C, 1 + chunk, keys)
+    embeds = torch.cat(
+        [
+            _heads(model, layout)[:, view, None].expand(batch, -1, -1, -1),
+            model.embed(rows.split(ids, 0)),
+        ],
+        dim=2,
+    )
+    positions = torch.cat([(view * layout.chunk)[:, None], own], dim=1).repeat(batch, 1)
+    cache = _RowCache(model.lm.config, nuggets, rows, batch)
+    with model.parameters_by_role.role("decoder") as lm:
+        additive = _additive(mask, nuggets, batch, embeds)
+        logits = _logits(lm, embeds.flatten(0, 1), positions, cache, additive)
+    return logits[:, 1:].reshape(batch, rows.count * layout.chunk, -1)[:, rows.padding :]
+
+
+class _Rows:
+    """Tokens of a text as rows of one chunk each, padded on the left so that view 0 ends with one."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.tau, self.chunk, self.layout = layout.tau, layout.chunk, layout
+        self.lead = -(-layout.tau // layout.chunk)  # chunks before the first that has tau tokens behind it
+        self.padding = self.lead * layout.chunk - layout.tau
+        self.count = self.lead + layout.views
+
+    def views(self, device: torch.device) -> Tensor:
+        """(C,) the view of each row."""
+        return (torch.arange(self.count, device=device) - self.lead).clamp(min=0)
+
+    def pad(self, values: Tensor, fill: int) -> Tensor:
+        """(..., n) -> (..., C * chunk)."""
+        return F.pad(values, (self.padding, 0), value=fill)
+
+    def split(self, values: Tensor, fill: int) -> Tensor:
+        """(..., n) -> (..., C, chunk)."""
+        return self.pad(values, fill).unflatten(-1, (self.count, self.chunk))
+
+    def before(self, values: Tensor, fill: int) -> Tensor:
+        """(..., C * chunk) -> (..., C, tau): the tokens before each row."""
+        return F.pad(values, (self.tau, 0), value=fill).unfold(-1, self.tau, self.chunk)[..., : self.count, :]
+
+
+class _RowCache(DynamicCache):
+    """Gives every row its keys and values, [nuggets | tau tokens of the rows before | own], and keeps none."""
+
+    def __init__(self, config: PreTrainedConfig, nuggets: Nuggets | None, rows: _Rows, batch: int) -> None:
+        super().__init__(config=config)
+        self._nuggets, self._rows, self._batch = nuggets, rows, batch
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Nothing is kept: keys and values for every row; see `DynamicCache.update`."""
+        if self._nuggets is None:
+            return self._gather([], key_states), self._gather([], value_states)
+        keys, values = self._nuggets.keys[layer_idx], self._nuggets.values[layer_idx]
+        return self._gather([keys], key_states), self._gather([values], value_states)
+
+    def _gather(self, memory: Sequence[Tensor], states: Tensor) -> Tensor:
+        """(B * C, heads, 1 + chunk, d) -> (B * C, heads, nuggets + tau + 1 + chunk, d)."""
+        rows = self._rows
+        tokens = states[:, :, 1:].unflatten(0, (self._batch, rows.count))  # (B, C, heads, chunk, d)
+        text = tokens.permute(0, 2, 4, 1, 3).flatten(-2)  # (B, heads, d, C * chunk)
+        before = rows.before(text, 0).permute(0, 3, 1, 4, 2).flatten(0, 1)  # (B * C, heads, tau, d)
+        shared = [part[:, None].expand(-1, rows.count, -1, -1, -1).flatten(0, 1).to(states.dtype) for part in memory]
+        return torch.cat([*shared, before, states], dim=2)
+
+
+# ---- shared ----
+
+
+def _heads(model: Network, layout: Layout) -> Tensor:
+    """(1, views, d) embeddings of the heads: the start token (any, where there is none), then soft prompts."""
+    start = model.embed(torch.tensor([[model.start_token or 0]], device=model.device))
+    prompts = model.prompt("continue", layout.segments).transpose(0, 1).to(start.dtype)
+    return torch.cat([start, prompts], dim=1)
+
+
+def _nugget_keys(nuggets: Nuggets | None, layout: Layout, device: torch.device) -> list[Keys]:
+    return [] if nuggets is None else [layout.nuggets(nuggets.count // layout.segments, device)]
+
+
+def _additive(seen: Tensor, nuggets: Nuggets | None, batch: int, like: Tensor) -> Tensor:
+    """A float mask (B * rows, 1, q, k) from `seen` ([rows,] q, k), with the straight-through term of the nuggets."""
+    seen = seen.reshape(-1, *seen.shape[-2:])
+    like = Network.mask_like(like)
+    lowest = torch.finfo(like.dtype).min
+    mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, lowest)
+    mask = mask.repeat(batch, 1, 1)
+    if nuggets is not None and nuggets.bias is not None:
+        bias = nuggets.bias.to(like.dtype).repeat_interleave(len(seen), 0)
+        mask = mask + F.pad(bias, (0, seen.shape[-1] - nuggets.count))[:, None]
+    return mask[:, None]
+
+
+def _logits(lm: PreTrainedModel, embeds: Tensor, positions: Tensor, cache: DynamicCache, mask: Any) -> Tensor:
+    return lm(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=positions.expand(len(embeds), -1),
+        past_key_values=cache,
+        use_cache=True,
+    ).logits

@@ -1,0 +1,294 @@
+"""`Stream`: a language model that reads without end in bounded memory.
+
+The last tokens are whole, at least `tau` of them. When there are tau + chunk and another comes, the oldest chunk is
+compressed, by itself, exactly as `Nugget2D.compress` would, and its nuggets take its place. So every token of a chunk
+sees the same nuggets, and it does not matter in how many pieces a text arrives. (The published method computes
+nuggets inside the stream, each seeing the nuggets before it, instead of segment by segment.)
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from nugget2d.errors import InputError, ModelError
+from nugget2d.losses import token_losses
+from nugget2d.memory import Memory
+from nugget2d.network import Network
+from nugget2d.segmentation import REPLACEMENT
+from nugget2d.streaming.feed import TextFeed
+from nugget2d.streaming.past import Past
+from nugget2d.streaming.window import Window
+
+DEFAULT_RATIO = 10.0
+
+Tokens = str | Sequence[int] | Tensor
+
+
+class Stream:
+    """Made by `Nugget2D.stream`. What it has read is `memory()` and the whole tokens after it.
+
+    At any time the decoder's cache holds at most tau + chunk whole tokens, one head and the nuggets that are within its
+    reach; the cache before the last slide is kept beside it, for `rewind`.
+
+    Attributes:
+        tau: whole tokens that there are at least, once so many have been read.
+        chunk: tokens that are compressed at a time: `config.window`.
+    """
+
+    def __init__(
+        self, model: Network, tau: int, ratio: float | None, max_nuggets: int | None, memory: Memory | None
+    ) -> None:
+        """See `Nugget2D.stream`."""
+        self.tau, self.chunk = tau, model.config.window
+        self._model, self._most = model, max_nuggets
+        self._rule = model.config.threshold or DEFAULT_RATIO if ratio is None else ratio
+        self._farthest = _room(model) - tau  # where the border stops
+        _check(model, tau, ratio, max_nuggets)
+        past = Past()
+        if memory is not None:
+            memory.require(model.fingerprint)
+            past = Past.of(model, memory).within(max_nuggets)
+        self._feed = TextFeed(model.tokenizer)
+        self._window = self._open(past)
+        self._before: Window | None = None
+
+    # ---- figures ----
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens read; a word that is held back is not among them."""
+        return self._window.past.tokens + len(self._window.ids)
+
+    @property
+    def num_whole(self) -> int:
+        """Tokens that are whole."""
+        return len(self._window.ids)
+
+    @property
+    def num_nuggets(self) -> int:
+        """Nuggets held, whether or not they are within the decoder's reach."""
+        return self._window.past.num_nuggets
+
+    @property
+    def cache_size(self) -> int:
+        """States that the decoder's cache holds at every layer."""
+        return self._window.slots
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the decoder's cache and the nuggets held."""
+        return self._window.nbytes + sum(memory.nbytes for memory in self._window.past.memories)
+
+    # ---- reading ----
+
+    def append(self, piece: Tokens) -> int:
+        """Read on, and return how many tokens that were.
+
+        Args:
+            piece: text, or ids (any 1-D sequence). The last word of a text is held back until it is known to have
+                ended: by more text, ids, or anything that asks for what comes next.
+
+        Raises:
+            InputError: lone surrogates, or ids that are no tokens of this model; the stream stays as it was.
+        """
+        ids = self._ids(piece)
+        for block in self._blocks(ids):
+            self._window.read(block)
+        return len(ids)
+
+    def append_scored(self, piece: Tokens) -> Tensor:
+        """Read on, to the last word, and return the negative log-likelihoods of the tokens read, in nats: (n,) float32.
+
+        The very first token is not among them if nothing predicts it (no start token).
+
+        Raises:
+            InputError: as `append`.
+        """
+        ids = [*self._ids(piece), *self._feed.flush()]
+        losses = [torch.zeros(0)]
+        for block in self._blocks(ids):
+            first = self._window.logits
+            logits = self._window.read_all(block)[:-1]
+            if first is not None:
+                logits = torch.cat([first[None], logits])
+            targets = torch.tensor(block[len(block) - len(logits) :], device=logits.device)
+            losses.append(token_losses(logits[None], targets[None])[0].cpu())
+        return torch.cat(losses)
+
+    def score(self, piece: Tokens) -> float:
+        """Mean negative log-likelihood of `piece` if it came next, in nats per token; it is not read.
+
+        Raises:
+            InputError: as `append`; no token to score.
+        """
+        losses = self._fork().append_scored(piece)
+        if not len(losses):
+            raise InputError("nothing to score: the text is empty or a single token that nothing predicts")
+        return float(losses.mean())
+
+    @property
+    def logits(self) -> Tensor:
+        """(V,) logits of the token that comes next, after the last word.
+
+        Raises:
+            InputError: nothing was read, and the tokenizer has no start token.
+        """
+        self._finish()
+        if self._window.logits is None:
+            raise InputError("nothing to go on from: append something first")
+        return self._window.logits
+
+    def generate(self, prompt: str = "", *, max_new_tokens: int = 64, temperature: float = 0.0) -> Iterator[str]:
+        """Read `prompt`, then write on; what is written is read too, so that the stream goes on after it.
+
+        Args:
+            prompt: what to continue; may be empty.
+            max_new_tokens: at most so many tokens; fewer if the end of text comes, which is not read.
+            temperature: of sampling; 0 takes the likeliest token every time.
+
+        Returns:
+            Pieces of text, each made when it is asked for: stop asking to stop writing.
+
+        Raises:
+            InputError: as `append`; max_new_tokens below 1, a temperature that is negative or not a number, nothing to
+                go on from.
+        """
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if not 0 <= temperature < float("inf"):
+            raise InputError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
+        self.append(prompt)
+        _ = self.logits  # an empty stream is refused here, not at the first piece
+        return self._texts(self._write(max_new_tokens, temperature))
+
+    def rewind(self, count: int) -> None:
+        """Take back the last `count` tokens, as if they had never been read.
+
+        Raises:
+            InputError: more than are still whole; at least the last `chunk` tokens always are.
+        """
+        self._finish()
+        window, before = self._window, self._before
+        most = window.rewindable if before is None else window.fresh + before.rewindable
+        if not 0 <= count <= most:
+            raise InputError(f"cannot take back {count} tokens: the last {most} can still be taken back, no others")
+        if before is not None and count >= window.fresh:
+            self._window, self._before = before, None
+            count -= window.fresh
+        self._window.rewind(count)
+
+    def memory(self) -> Memory:
+        """Everything read, as a memory; of `max_nuggets`, what is still held. The stream stays as it is.
+
+        Whole tokens become nuggets in it too, so a stream that goes on from it does not go on exactly as this one.
+
+        Raises:
+            InputError: nothing was read.
+        """
+        self._finish()
+        past, ids = self._window.past, self._window.ids
+        for start in range(0, len(ids), self.chunk):
+            past = past.add(self._model, ids[start : start + self.chunk], self._rule, self._most)
+        if not past.memories:
+            raise InputError("nothing was read: there is nothing to remember")
+        return past.memory()
+
+    # ---- how ----
+
+    def _ids(self, piece: Tokens) -> list[int]:
+        """Tokens to read now."""
+        if isinstance(piece, str):
+            return self._feed.push(piece)
+        ids = piece.flatten().tolist() if isinstance(piece, Tensor) else list(piece)
+        size = self._model.lm.config.vocab_size
+        for index, token in enumerate(ids):
+            if not isinstance(token, int) or not 0 <= token < size:
+                raise InputError(f"token {index} is {token!r}: tokens of this model are integers from 0 to {size - 1}")
+        return [*self._feed.flush(), *ids]
+
+    def _finish(self) -> None:
+        """Read the word that is held back."""
+        for block in self._blocks(self._feed.flush()):
+            self._window.read(block)
+
+    def _blocks(self, ids: Sequence[int]) -> Iterator[list[int]]:
+        """`ids` in blocks for which there is room in the window, after sliding it."""
+        done = 0
+        while done < len(ids):
+            if self.num_whole == self.tau + self.chunk:
+                self._slide()
+            room = self.tau + self.chunk - self.num_whole
+            yield list(ids[done : done + room])
+            done += room
+
+    def _slide(self) -> None:
+        before = self._window
+        past = before.past.add(self._model, before.ids[: self.chunk], self._rule, self._most)
+        self._window = before.slide(self.chunk, past, self._border(past))
+        self._before = before
+
+    def _border(self, past: Past) -> int:
+        return min(past.tokens, self._farthest)
+
+    def _open(self, past: Past) -> Window:
+        return Window.open(self._model, past, self._border(past))
+
+    def _fork(self) -> "Stream":
+        """Another stream in the same state, which cannot be rewound across the last slide."""
+        other = copy.copy(self)
+        other._feed, other._window, other._before = self._feed.copy(), self._window.copy(), None
+        return other
+
+    def _write(self, count: int, temperature: float) -> Iterator[int]:
+        for _ in range(count):
+            logits = self.logits
+            if temperature:
+                token = int(torch.multinomial((logits.float() / temperature).softmax(-1), 1))
+            else:
+                token = int(logits.argmax())
+            if token == self._model.tokenizer.eos_token_id:
+                return
+            self.append([token])
+            yield token
+
+    def _texts(self, tokens: Iterator[int]) -> Iterator[str]:
+        """The text of tokens as they come, whole characters at a time."""
+        before: list[int] = []  # what was shown last: some tokenizers drop a space at the start of a text
+        held: list[int] = []
+        text = ""
+        for token in tokens:
+            held.append(token)
+            text = self._model.text([*before, *held])[len(self._model.text(before)) :]
+            if not text.endswith(REPLACEMENT):
+                yield text
+                before, held = held, []
+        if held:
+            yield text
+
+
+def _room(model: Network) -> int:
+    """Positions for tau and nuggets: one is the head's, and of a sliding window of W a cache keeps W - 1."""
+    return model.config.context - 2 - model.config.window
+
+
+def _check(model: Network, tau: int, ratio: float | None, most: int | None) -> None:
+    """Refuse what cannot be streamed."""
+    if tau < 1:
+        raise InputError(f"tau must be at least 1 token, got {tau}")
+    if ratio is not None and not ratio >= 1:
+        raise InputError(f"ratio must be at least 1 (1 keeps every token), got {ratio}")
+    if most is not None and most < 1:
+        raise InputError(f"max_nuggets must be at least 1, got {most}; None sets no limit")
+    config = model.config
+    largest = _room(model) - config.window  # at least one chunk of nuggets within reach
+    if tau > largest:
+        raise InputError(
+            f"tau is {tau}, but {config.name!r} was trained on contexts of {config.context} tokens and chunks of "
+            f"{config.window}: it can be {largest} at most"
+        )
+    try:
+        _ = model.rotation
+    except ModelError as error:
+        raise ModelError(f"{config.name!r} cannot stream, its keys cannot move to other positions: {error}") from error

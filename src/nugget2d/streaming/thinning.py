@@ -1,0 +1,47 @@
+"""Which nuggets a full memory gives up. `allot` is the policy: exchange it to try another."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from nugget2d.memory import Memory
+from nugget2d.selection import even_ends
+from nugget2d.states import States
+
+
+def allot(counts: Sequence[int], most: int) -> list[int]:
+    """How many nuggets each segment keeps, oldest first, so that all have `most` (at least 1) together.
+
+    The oldest go first: a segment gives up its nuggets only when all older ones have none left.
+    """
+    kept = []
+    left = most
+    for count in reversed(counts):
+        kept.append(min(count, left))
+        left -= kept[-1]
+    return kept[::-1]
+
+
+def thin(memories: Sequence[Memory], most: int) -> tuple[Memory, ...]:
+    """Memories of one segment each, cut down to `most` nuggets; segments left without any are gone."""
+    counts = allot([memory.num_nuggets for memory in memories], most)
+    return tuple(_keep(memory, count) for memory, count in zip(memories, counts, strict=True) if count)
+
+
+def _keep(memory: Memory, count: int) -> Memory:
+    """`count` nuggets of a segment, evenly spaced, the last (which has seen the whole segment) always among them."""
+    if count == memory.num_nuggets:
+        return memory
+    index = even_ends(memory.num_nuggets, count)
+
+    def pick(states: States) -> States:
+        return States(states.data[:, index], None if states.scale is None else states.scale[:, index])
+
+    return replace(
+        memory,
+        keys=tuple(map(pick, memory.keys)),
+        values=tuple(map(pick, memory.values)),
+        local_positions=memory.local_positions[index],
+        token_spans=memory.token_spans[index],
+        scores=memory.scores[index],
+        segments=(replace(memory.segments[0], num_nuggets=count, accuracy=None),),
+    )
