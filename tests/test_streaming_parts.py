@@ -190,7 +190,7 @@ def test_the_objective_is_the_loss_of_a_stream(llama: Nugget2D) -> None:
     ids = tiny.random_ids(2, tau + (segments + 1) * tiny.WINDOW)
     count = count_nuggets([tiny.WINDOW], 4)[0]
     with torch.no_grad():
-        loss = stream_loss(llama, ids, segments, tiny.WINDOW, count, llama.config.selection, torch.Generator())
+        loss = stream_loss(llama, ids, segments, tiny.WINDOW, [count, count], llama.config.selection, torch.Generator())
     expected = []
     for row in ids:
         stream = llama.stream(tau, 4)
