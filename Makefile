@@ -46,7 +46,7 @@ $(RUN)/base/model.safetensors: .venv/demo.stamp
 
 .venv/demo.stamp: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[eval]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[bench]"
 	touch $@
 
 .venv/test.stamp: pyproject.toml

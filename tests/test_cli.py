@@ -238,7 +238,7 @@ def test_demo_brings_its_document(model: str) -> None:
 
 def test_demo_without_sacrebleu_names_the_remedy(model: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    assert "nugget2d[eval]" in run("demo", source, "--model", model, "--ratio", 7).stdout
+    assert "nugget2d[bench]" in run("demo", source, "--model", model, "--ratio", 7).stdout
 
 
 def test_train_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,23 +1,20 @@
-"""lm-evaluation-harness reads whole contexts and memories of them; runs where the harness is installed."""
+"""lm-evaluation-harness reads whole contexts and memories of them."""
 
-import importlib
 import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import lm_eval
 import pytest
+from lm_eval.api.instance import Instance
 
 import tiny
 from nugget2d import Nugget2D
 from nugget2d.errors import InputError
+from nugget2d.integrations import lm_eval as harness
+from nugget2d.integrations.lm_eval import NuggetLM
 from nugget2d.segmentation import split
-
-lm_eval = pytest.importorskip("lm_eval")
-
-Instance = importlib.import_module("lm_eval.api.instance").Instance
-harness = importlib.import_module("nugget2d.integrations.lm_eval")
-NuggetLM = harness.NuggetLM
 
 CONTEXT, QUESTION, ANSWER = tiny.TEXT[:300], "\nQuestion: what bends?\nAnswer:", " peas"
 

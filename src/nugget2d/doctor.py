@@ -185,7 +185,7 @@ def _machine_findings() -> tuple[Finding, ...]:
         _device(),
         Finding("dtypes", "float32, bfloat16" if _has_bfloat16() else "float32"),
         _threads(),
-        _extra("BLEU and plots (optional)", ("sacrebleu", "matplotlib"), "nugget2d[eval]", every=True),
+        _extra("BLEU and plots (optional)", ("sacrebleu", "matplotlib"), "nugget2d[bench]", every=True),
         _extra("8- and 4-bit bases (optional)", ("bitsandbytes", "torchao"), "bitsandbytes", every=False),
     )
 

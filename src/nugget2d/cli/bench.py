@@ -89,7 +89,7 @@ def _require_packages() -> None:
     """Refuse before an hour of measuring what would fail after it."""
     missing = [name for name in ("sacrebleu", "zstandard", "matplotlib") if find_spec(name) is None]
     if missing:
-        raise InputError(f"bench needs {', '.join(missing)}: pip install 'nugget2d[eval]'")
+        raise InputError(f"bench needs {', '.join(missing)}: pip install 'nugget2d[bench]'")
 
 
 def _documents(data: Path | None) -> tuple[list[str], str]:

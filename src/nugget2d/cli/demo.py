@@ -69,7 +69,7 @@ def _bleu(copy: str, text: str) -> Text:
     try:
         from sacrebleu import corpus_bleu
     except ImportError:
-        return Text("pip install 'nugget2d[eval]'")
+        return Text("pip install 'nugget2d[bench]'")
     return Text(f"{corpus_bleu([copy], [[text]]).score:.1f}")
 
 
