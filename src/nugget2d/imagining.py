@@ -6,13 +6,13 @@ text is compressed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from zlib import crc32
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from nugget2d.network import Network
+from nugget2d.selection import generator_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ def imagine(model: Network, texts: Sequence[Sequence[int]], samples: int, tokens
     ids = torch.tensor([[0] * (longest - len(text)) + list(text) for text in texts])
     mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
     positions = (torch.arange(longest) - longest + lengths[:, None]).clamp(min=0)
-    noise = [torch.Generator().manual_seed(crc32(torch.tensor(text).numpy().tobytes())) for text in texts]
+    noise = [generator_of(torch.tensor(text)) for text in texts]
     cache = DynamicCache(config=model.lm.config)
     with model.parameters_by_role.role("base") as lm:
 

@@ -162,5 +162,10 @@ def _noise(ids: Tensor, lengths: Sequence[int], generator: torch.Generator | Non
         return torch.rand(ids.shape, generator=generator).to(ids.device)
     noise = torch.zeros(ids.shape)
     for row, (tokens, n) in enumerate(zip(ids.cpu(), lengths, strict=True)):
-        noise[row, :n] = torch.rand(n, generator=torch.Generator().manual_seed(crc32(tokens[:n].numpy().tobytes())))
+        noise[row, :n] = torch.rand(n, generator=generator_of(tokens[:n]))
     return noise.to(ids.device)
+
+
+def generator_of(tokens: Tensor) -> torch.Generator:
+    """A generator seeded by (n,) tokens: whatever is drawn for a text is the same in any batch."""
+    return torch.Generator().manual_seed(crc32(tokens.numpy().tobytes()))
