@@ -30,8 +30,7 @@ def segment_nuggets(model: Network, rows: Sequence[SegmentRef]) -> Nuggets:
         for layer in range(len(layers[0])):
             parts = []
             for states, part in zip((states[layer] for states in layers), slices, strict=True):
-                scale = None if states.scale is None else states.scale[:, part]
-                rows = States(states.data[:, part], scale).restore()
+                rows = states.pick(part).restore()
                 parts.append(torch.nn.functional.pad(rows, (0, 0, widest - rows.shape[1], 0)))
             stacked.append(torch.stack(parts).to(model.device, model.lm.dtype))
         return stacked

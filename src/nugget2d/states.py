@@ -35,6 +35,10 @@ class States:
         data = self.data.float()
         return data if self.scale is None else data * self.scale.float()
 
+    def pick(self, tokens: slice | Tensor) -> "States":
+        """Those at some places of the token axis."""
+        return States(self.data[:, tokens], None if self.scale is None else self.scale[:, tokens])
+
     @staticmethod
     def store(values: Tensor, dtype: StoreDtype) -> "States":
         """Keep float `values` (heads, k, head_dim) as `dtype`.

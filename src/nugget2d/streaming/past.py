@@ -13,7 +13,6 @@ from nugget2d.network import Network
 from nugget2d.reading import placed_nuggets
 from nugget2d.segmentation import Piece, spans_of
 from nugget2d.selection import next_count
-from nugget2d.states import States
 from nugget2d.streaming.thinning import thin
 
 
@@ -96,13 +95,10 @@ def _segment(memory: Memory, number: int) -> Memory:
     """One segment of a memory alone."""
     part, segment = memory.segment_slices[number], memory.segments[number]
 
-    def pick(states: States) -> States:
-        return States(states.data[:, part], None if states.scale is None else states.scale[:, part])
-
     return replace(
         memory,
-        keys=tuple(map(pick, memory.keys)),
-        values=tuple(map(pick, memory.values)),
+        keys=tuple(states.pick(part) for states in memory.keys),
+        values=tuple(states.pick(part) for states in memory.values),
         local_positions=memory.local_positions[part],
         token_spans=memory.token_spans[part] - segment.start,
         scores=memory.scores[part],

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 from nugget2d.memory import Memory
 from nugget2d.selection import even_ends
-from nugget2d.states import States
 
 
 def allot(counts: Sequence[int], most: int) -> list[int]:
@@ -33,13 +32,10 @@ def _keep(memory: Memory, count: int) -> Memory:
         return memory
     index = even_ends(memory.num_nuggets, count)
 
-    def pick(states: States) -> States:
-        return States(states.data[:, index], None if states.scale is None else states.scale[:, index])
-
     return replace(
         memory,
-        keys=tuple(map(pick, memory.keys)),
-        values=tuple(map(pick, memory.values)),
+        keys=tuple(states.pick(index) for states in memory.keys),
+        values=tuple(states.pick(index) for states in memory.values),
         local_positions=memory.local_positions[index],
         token_spans=memory.token_spans[index],
         scores=memory.scores[index],
