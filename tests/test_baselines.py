@@ -134,10 +134,30 @@ def test_layers_that_are_left_out_carry_nothing(llama: Nugget2D) -> None:
         part.keep([3])
 
 
-def test_baselines_cannot_be_saved(pooled: Nugget2D, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="PooledMemory"):
-        pooled.save_pretrained(tmp_path / "model")
+def test_pooled_memory_is_trained_further_and_saved(tmp_path: Path) -> None:
+    tiny.trained(adapters="copies", window=16, context=64).save_pretrained(tmp_path / "old")
+    alone = {"pretrain": None, "model": None, "tokenizer": None}
+    stage = {"init": "old", "memory": "pooled", "tokens": 512, "batch_tokens": 256, "optim": {"lr": 1e-3}}
+    path = small_recipe(tmp_path, **alone, compress=stage | {"phases": [PHASE | {"segments": 1}]})
+    folder = train(path)
+    model = PooledMemory.from_pretrained(folder / "model")
+    assert type(model) is PooledMemory
+    with pytest.raises(ModelError, match="memories of kind 'pooled'"):
+        Nugget2D.from_pretrained(folder / "model")
+    with pytest.raises(ModelError, match="PooledMemory makes 'pooled'"):
+        PooledMemory.from_pretrained(tmp_path / "old")
+    path.write_text(path.read_text().replace("pooled", "slots"))
+    with pytest.raises(RecipeError, match="cannot go on as `memory: slots`"):
+        load_recipe(path)
+
+
+def test_other_baselines_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="SlotMemory"):
+        make(SlotMemory).save_pretrained(tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_other_baselines_are_trained_in_studies_only(tmp_path: Path) -> None:
     content = yaml.safe_load(small_recipe(tmp_path).read_text())
     content["compress"]["memory"] = "slots"
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))

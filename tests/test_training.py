@@ -221,7 +221,8 @@ def test_a_compressor_on_a_base_of_ones_own(tmp_path: Path) -> None:
 def test_streams_are_trained(tmp_path: Path) -> None:
     content = yaml.safe_load(small_recipe(tmp_path, pretrain=None).read_text())
     phase = {"objectives": {"stream": 3, "reconstruct": 1}, "windows": {32: 1}, "segments": 2}
-    content["compress"] |= {"tau": 16, "phases": [phase], "selection": "learned"}
+    streams = {"tau": {16: 1, 8: 1}, "chunk": {32: 1, 8: 1}, "context": 64}
+    content["compress"] |= {"streams": streams, "phases": [phase], "selection": "learned"}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
     folder = train(tmp_path / "tiny.yaml")
     log = [json.loads(line) for line in (folder / "compress" / "log.jsonl").read_text().splitlines()]

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, ClassVar, Literal, NoReturn, overload
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nugget2d import compressing, generation, pretrained, reading
-from nugget2d.config import Adapters, NuggetConfig, SelectionName, Threshold
+from nugget2d.config import Adapters, MemoryKind, NuggetConfig, SelectionName, Threshold
 from nugget2d.errors import InputError, ModelError
 from nugget2d.memory import Memory
 from nugget2d.network import Network
@@ -25,6 +25,8 @@ class Nugget2D(Network):
 
     The tensor-level passes that it inherits (`encode`, `decode`, `token_scores`) are for training and research.
     """
+
+    memory_kind: ClassVar[MemoryKind] = "nuggets"
 
     @classmethod
     def from_pretrained(
@@ -46,10 +48,16 @@ class Nugget2D(Network):
             quantization_config: how transformers shall quantize the base, e.g. `BitsAndBytesConfig(load_in_8bit=True)`.
 
         Raises:
-            ModelError: there is no such model, its files are incomplete, or the base is another one.
+            ModelError: there is no such model, its files are incomplete, the base is another one, or it was trained to
+                read another kind of memory than this class makes.
             InputError: a `base` for a model that has its own.
         """
         model = pretrained.load(cls, name, base, dtype=dtype, quantization_config=quantization_config)
+        if model.config.memory != cls.memory_kind:
+            raise ModelError(
+                f"{str(name)!r} was trained on memories of kind {model.config.memory!r}, {cls.__name__} makes "
+                f"{cls.memory_kind!r}; load it with the class for them (nugget2d.baselines)"
+            )
         return model if quantization_config is not None else model.to(device)
 
     def save_pretrained(
@@ -138,7 +146,8 @@ class Nugget2D(Network):
             lm, loaded = pretrained.load_base(base, dtype=dtype, quantization_config=quantization_config)
             tokenizer = tokenizer or loaded
             default_name = str(base)
-        fields: dict[str, Any] = {"name": default_name, "adapters": adapters} | fitting_fields(lm)
+        fields: dict[str, Any] = {"name": default_name, "memory": cls.memory_kind, "adapters": adapters}
+        fields |= fitting_fields(lm)
         if projections := attention_projections(lm):
             fields["lora_targets"] = projections
         return cls(lm, tokenizer, NuggetConfig.model_validate(fields | options))

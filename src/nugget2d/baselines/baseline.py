@@ -1,4 +1,4 @@
-"""What all baselines share: they live in one process, for experiments."""
+"""What baselines share that live in one process, for studies."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -5,13 +5,14 @@ Tells what each layer of a nugget is worth; at equal bytes such a memory could h
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nugget2d.baselines.baseline import Baseline
-from nugget2d.config import NuggetConfig, SelectionName
+from nugget2d.config import MemoryKind, NuggetConfig, SelectionName
 from nugget2d.errors import ModelError
 from nugget2d.network import Encoded
 
@@ -22,6 +23,8 @@ class PartMemory(Baseline):
     A transformers mask is the same for all layers, so zeroed nuggets are still attended to there, with a logit of zero;
     nothing of the text gets through.
     """
+
+    memory_kind: ClassVar[MemoryKind] = "part"
 
     def __init__(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: NuggetConfig) -> None:
         """Keep all layers, until `keep` says otherwise."""

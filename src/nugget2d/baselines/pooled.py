@@ -5,23 +5,26 @@ states; here what a decoder attends to is pooled, at every layer, so that both m
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from nugget2d.baselines.baseline import Baseline
 from nugget2d.cache import Nuggets, cached_states
-from nugget2d.config import SelectionName
+from nugget2d.config import MemoryKind, SelectionName
+from nugget2d.model import Nugget2D
 from nugget2d.network import Encoded
 from nugget2d.selection import select
 
 
-class PooledMemory(Baseline):
+class PooledMemory(Nugget2D):
     """k stretches of nearly equal length tile the text, each becomes one key and one value a layer.
 
     Keys are moved to the position of their stretch's last token before the mean, so that a pooled key has ONE position.
     All tokens are pooled, so all get the flag (it then tells the encoder nothing, but keeps addressing at work).
     """
+
+    memory_kind: ClassVar[MemoryKind] = "pooled"
 
     def encode(
         self,

@@ -6,6 +6,7 @@ training never asked for stay as they were drawn.
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nugget2d.baselines.baseline import Baseline
 from nugget2d.cache import gather_nuggets
-from nugget2d.config import NuggetConfig, SelectionName
+from nugget2d.config import MemoryKind, NuggetConfig, SelectionName
 from nugget2d.network import Encoded
 from nugget2d.selection import select
 
@@ -26,6 +27,8 @@ class SlotMemory(Baseline):
     it; addressing and the read-out loss then work as they do for nuggets. Slots after the text learned
     nothing in as many tokens (docs/LOG.md).
     """
+
+    memory_kind: ClassVar[MemoryKind] = "slots"
 
     def __init__(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: NuggetConfig) -> None:
         """Draw the slots like tokens of the vocabulary."""

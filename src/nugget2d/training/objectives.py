@@ -80,22 +80,15 @@ def _continuation(
 
 
 def stream_loss(
-    model: Network,
-    ids: Tensor,
-    segments: int,
-    length: int,
-    counts: Sequence[int],
-    selection: SelectionName,
-    generator: torch.Generator,
+    model: Network, ids: Tensor, layout: Layout, count: int, selection: SelectionName, generator: torch.Generator
 ) -> Tensor:
     """Autoregressive mode: the likelihood of a text that is read as a stream reads it (Nugget2D, section 3.3).
 
-    (B, tau + (segments + 1) * length) ids: the first `segments` windows of `length` tokens are compressed one by one; a
-    token sees the windows that have left it behind as nuggets, and at least tau tokens before it whole. The loss is of
-    those that see nuggets. All of `counts` are the same.
+    (B, layout.length) ids: each of its segments becomes `count` nuggets; a token sees the segments that have left it
+    behind as nuggets, and at least tau tokens before it whole. The loss is of those that see nuggets.
     """
-    layout = Layout(tau=ids.shape[1] - (segments + 1) * length, chunk=length, views=segments + 1)
-    nuggets = _memories(model, ids, segments, length, counts, selection, generator)
+    counts = [count] * len(ids)
+    nuggets = _memories(model, ids, layout.segments, layout.chunk, counts, selection, generator)
     first = layout.tau + layout.chunk
     return token_losses(mixed_logits(model, nuggets, ids, layout)[:, first:-1], ids[:, first + 1 :]).mean()
 

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from nugget2d.config import Adapters, Frozen, SelectionName
+from nugget2d.config import Adapters, Frozen, MemoryKind, SelectionName
 from nugget2d.errors import RecipeError
+from nugget2d.streaming.layout import Layout
 
 
 class Source(Frozen):
@@ -99,10 +100,11 @@ class PretrainStage(Stage):
 
 
 Objective = Literal["reconstruct", "uniform", "continue", "distill", "stream", "lm"]
-MemoryKind = Literal["nuggets", "pooled", "slots", "part"]
+# baselines but these live in one process, for studies
+SAVED: tuple[MemoryKind, ...] = ("nuggets", "pooled")
 FROZEN = "a frozen base cannot learn plain LM: leave `lm` out of the objectives, or use copies"
 # of a compressor to go on from, these are settled
-SETTLED = ("base", "adapters", "lora_rank", "scorer_layer", "memory", "flag", "addressing")
+SETTLED = ("base", "adapters", "lora_rank", "scorer_layer", "flag", "addressing")
 
 
 class Phase(Frozen):
@@ -112,10 +114,10 @@ class Phase(Frozen):
         objectives: "reconstruct" is autoencoding of text, "uniform" of tokens drawn evenly from the vocabulary (text
             shows rare tokens too seldom), "continue" goes on from memories, "distill" does so as the LM would from the
             whole context, "stream" reads as `Nugget2D.stream` does, "lm" is plain language modelling.
-        windows: segment lengths in tokens.
+        windows: segment lengths in tokens; streams have chunks of their own (`StreamConfig`).
         selections: policies; None takes the stage's own `selection` alone.
-        segments: plain LM and the contexts of continuation and distillation are 1 .. `segments` windows long, and as
-            many windows of a stream become nuggets; a context is compressed window by window and joined.
+        segments: plain LM and the contexts of continuation and distillation are 1 .. `segments` windows long; a context
+            is compressed window by window and joined.
     """
 
     start: float = Field(default=0.0, ge=0, lt=1, alias="from")
@@ -144,6 +146,35 @@ class RatioConfig(Frozen):
         return self
 
 
+class StreamConfig(Frozen):
+    """What streams look like in training; every step draws a `tau` and a `chunk`, value -> weight.
+
+    Attributes:
+        tau: whole tokens before a chunk.
+        chunk: tokens that leave the window at a time, to be compressed.
+        context: about so many tokens become nuggets: as many chunks as it holds.
+    """
+
+    tau: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]] = Field(default={128: 1.0}, min_length=1)
+    chunk: dict[Annotated[int, Field(ge=8)], Annotated[float, Field(gt=0)]] = Field(default={128: 1.0}, min_length=1)
+    context: int = Field(default=1024, ge=8)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "StreamConfig":
+        if max(self.chunk) > self.context:
+            raise ValueError(f"a chunk of {max(self.chunk)} tokens does not fit into a context of {self.context}")
+        return self
+
+    def layout(self, tau: int, chunk: int) -> Layout:
+        """The text of one step."""
+        return Layout(tau=tau, chunk=chunk, views=self.context // chunk + 1)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text, and its head."""
+        return 1 + max(self.layout(tau, chunk).length for tau in self.tau for chunk in self.chunk)
+
+
 class CompressStage(Stage):
     """The compressor: autoencoding, continuation and plain LM, mixed; ratios and lengths sampled.
 
@@ -151,13 +182,14 @@ class CompressStage(Stage):
         base: folder or hub id of the LM; None takes the recipe's own, pre-trained or from scratch.
         init: a trained compressor to go on from (bundled name, folder or hub id); it brings LM, tokenizer and all that
             `SETTLED` names.
-        memory: what a text becomes: nuggets, or a baseline for studies (see nugget2d.baselines).
+        memory: what a text becomes: nuggets, or a baseline (see nugget2d.baselines); a compressor of nuggets can go on
+            as one of "pooled".
         memory_layers: the layers, from 0, that memory "part" keeps.
         flag: add a learned vector to the input embedding of nuggets.
         phases: what is trained when; the first starts at 0.
         mixed_ratios: every row of a micro-batch draws its own ratio (not for streams); else a step draws one for all.
         target: tokens to predict in continuation.
-        tau: tokens before the last window of a stream that are whole.
+        streams: what objective "stream" reads.
         readout: weight of the slot read-out loss (readout.py); 0 turns it off.
         addressing: start with attention biases that address slots by distance (addressing.py).
         checkpoint_activations: run each layer again in the backward pass instead of keeping what it computed.
@@ -177,7 +209,7 @@ class CompressStage(Stage):
     ratios: RatioConfig = RatioConfig()
     mixed_ratios: bool = False
     target: int = Field(default=64, ge=1)
-    tau: int = Field(default=128, ge=1)
+    streams: StreamConfig = StreamConfig()
     readout: float = Field(default=0.0, ge=0)
     addressing: bool = False
     checkpoint_activations: bool = False
@@ -192,7 +224,9 @@ class CompressStage(Stage):
             raise ValueError("give `memory_layers`, the layers to keep, with `memory: part` and with nothing else")
         if self.init is not None and (given := [key for key in SETTLED if key in self.model_fields_set]):
             raise ValueError(f"`init` brings its own {', '.join(given)}: remove {'it' if len(given) == 1 else 'them'}")
-        if self.mixed_ratios and any("stream" in phase.objectives for phase in self.phases):
+        if self.init is not None and self.memory not in SAVED:
+            raise ValueError(f"`init` cannot go on as `memory: {self.memory}`, only as one of {', '.join(SAVED)}")
+        if self.mixed_ratios and self.trains_streams:
             raise ValueError("`stream` reads rows of one ratio: leave it out of the objectives, or `mixed_ratios`")
         if self.init is None and self.adapters == "lora" and self.trains_lm:
             raise ValueError(FROZEN)
@@ -204,19 +238,21 @@ class CompressStage(Stage):
         return any("lm" in phase.objectives for phase in self.phases)
 
     @property
+    def trains_streams(self) -> bool:
+        """Whether any phase has streams."""
+        return any("stream" in phase.objectives for phase in self.phases)
+
+    @property
     def longest_window(self) -> int:
         """The longest segment that any phase trains, in tokens."""
-        return max(max(phase.windows) for phase in self.phases)
+        chunks = max(self.streams.chunk) if self.trains_streams else 0
+        return max(chunks, *(max(phase.windows) for phase in self.phases))
 
     @property
     def longest_context(self) -> int:
         """The longest text that plain LM, continuation or a stream sees, in tokens."""
-        return max(self._longest_text(phase) for phase in self.phases)
-
-    def _longest_text(self, phase: Phase) -> int:
-        window = max(phase.windows)
-        streamed = self.tau + window + 1 if "stream" in phase.objectives else 0  # and the head
-        return window * phase.segments + streamed
+        streamed = self.streams.longest if self.trains_streams else 0
+        return max(streamed, *(max(phase.windows) * phase.segments for phase in self.phases))
 
     def phase(self, progress: float) -> Phase:
         """The phase at a point of the run."""

@@ -12,13 +12,14 @@ from nugget2d import pretrained
 from nugget2d.baselines.part import PartMemory
 from nugget2d.baselines.pooled import PooledMemory
 from nugget2d.baselines.slots import SlotMemory
+from nugget2d.config import MemoryKind
 from nugget2d.errors import RecipeError
 from nugget2d.model import Nugget2D
 from nugget2d.training.addressing import address_slots
 from nugget2d.training.corpus import Pack, make_pack
 from nugget2d.training.loop import fit
 from nugget2d.training.processes import Processes, alone, together
-from nugget2d.training.recipe import FROZEN, CompressStage, MemoryKind, Recipe, ShapeConfig, load_recipe
+from nugget2d.training.recipe import FROZEN, SAVED, CompressStage, Recipe, ShapeConfig, load_recipe
 from nugget2d.training.spread import Replicas, Shards, Spread, whole
 from nugget2d.training.tasks import CompressTask, PretrainTask
 
@@ -45,7 +46,7 @@ def train(recipe_path: Path, *, out: Path | None = None, fresh: bool = False) ->
         RecipeError: the recipe or its data is wrong; the message names the key and the remedy.
     """
     recipe = load_recipe(recipe_path)
-    if recipe.compress is not None and recipe.compress.memory != "nuggets":
+    if recipe.compress is not None and recipe.compress.memory not in SAVED:
         raise RecipeError(
             f"`memory: {recipe.compress.memory}` is a baseline that cannot be saved; train it in a study "
             "(benchmarks/studies.py)"
@@ -183,11 +184,12 @@ def _language_model(
 
 def _trained(init: str, name: str, stage: CompressStage, device: torch.device) -> Nugget2D:
     """The compressor to go on from, set to what it will have been trained on."""
-    model = Nugget2D.from_pretrained(init, device=device)
+    model = pretrained.load(MEMORIES[stage.memory], init).to(device)
     if model.config.adapters == "lora" and stage.trains_lm:
         raise RecipeError(FROZEN)
     changes = {
         "name": name,
+        "memory": stage.memory,
         "selection": stage.selection,
         "window": max(model.config.window, stage.longest_window),
         "context": max(model.config.context, stage.longest_context),

@@ -20,7 +20,7 @@ from nugget2d.training.readout import readout_loss
 from nugget2d.training.recipe import CompressStage, Objective, PretrainStage
 from nugget2d.training.schedule import choose, sample_ratio
 
-GOING_ON = {"continue": continue_loss, "distill": distill_loss, "stream": stream_loss}
+GOING_ON = {"continue": continue_loss, "distill": distill_loss}
 
 
 class PretrainTask:
@@ -84,8 +84,10 @@ class CompressTask:
         ratio = sample_ratio(progress, stage.ratios, shared)
         objective: Objective = choose(phase.objectives, shared)
         segments = int(torch.randint(1, phase.segments + 1, (1,), generator=shared))
+        if objective == "stream":
+            return self._streamed(ratio, selection, shared, own)
         going_on = objective in GOING_ON
-        after = 0 if not going_on else stage.tau + length if objective == "stream" else stage.target
+        after = stage.target if going_on else 0
         ids = self._draw((segments if going_on or objective == "lm" else 1) * length + after, own)
         ratios = [sample_ratio(progress, stage.ratios, own) if stage.mixed_ratios else ratio for _ in ids]
         counts = [count_nuggets([length], one)[0] for one in ratios]
@@ -101,6 +103,16 @@ class CompressTask:
                 if stage.readout:
                     loss = loss + stage.readout * readout_loss(self.model, encoded, ids)
         return loss, {f"loss_{objective}": float(loss.detach())}
+
+    def _streamed(
+        self, ratio: float, selection: SelectionName, shared: torch.Generator, own: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        streams = self.stage.streams
+        layout = streams.layout(choose(streams.tau, shared), choose(streams.chunk, shared))
+        count = count_nuggets([layout.chunk], ratio)[0]
+        with self._activations():
+            loss = stream_loss(self.model, self._draw(layout.length, own), layout, count, selection, own)
+        return loss, {"loss_stream": float(loss.detach())}
 
     @contextmanager
     def _activations(self) -> Iterator[None]:
