@@ -1,6 +1,5 @@
 """lm-evaluation-harness reads whole contexts and memories of them."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ import lm_eval
 import pytest
 from lm_eval.api.instance import Instance
 
+import endings
 import tiny
 from nugget2d import Nugget2D
 from nugget2d.errors import InputError
@@ -99,9 +99,6 @@ def test_the_harness_compares_modes_on_a_local_file(llama: Nugget2D, tmp_path: P
     )
     stories = tmp_path / "stories.jsonl"
     stories.write_text("".join(json.dumps({"text": tiny.TEXT[i:]}) + "\n" for i in (0, 90, 200)), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("endings", Path(__file__).parent.parent / "benchmarks" / "endings.py")
-    endings = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(endings)
     command = f"endings --model {tmp_path / 'model'} --data {stories} --out {tmp_path / 'r.json'}"
     command += " --context 24 --ending 6 --questions 6 --ratios 1 4"
     monkeypatch.setattr(sys, "argv", command.split())

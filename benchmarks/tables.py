@@ -1,0 +1,254 @@
+"""The tables of docs/RESULTS.md and the model card, from what the benchmarks wrote.
+
+    python benchmarks/tables.py
+
+Replaces what stands between `<!-- table NAME -->` and `<!-- end -->`; a test holds the pages to benchmarks/results.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nugget2d.evaluation.report import markdown_table
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "docs" / "RESULTS.md", ROOT / "src" / "nugget2d" / "models" / "nano" / "README.md")
+POLICIES = ("even", "window", "learned", "random", "punctuation")
+
+_BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    """Write every page anew."""
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def filled(text: str) -> str:
+    """`text` with all of its tables made again."""
+    return _BLOCK.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+
+
+def reconstruction() -> str:
+    """What comes back from 128 tokens."""
+    header = ["ratio asked", "tokens a nugget", "characters a nugget", "BLEU", "token accuracy %", "faultless windows"]
+    rows = [
+        [
+            f"{cell['ratio']:g}x",
+            cell["achieved_ratio"],
+            f"{cell['chars_per_nugget']:.0f}",
+            _interval(cell["bleu"], 1),
+            _interval(cell["token_accuracy"], 100),
+            f"{cell['exact_windows']['value']:.0%}",
+        ]
+        for cell in _read("reconstruction/distortion.json")["cells"]
+    ]
+    return markdown_table(header, rows)
+
+
+def profile() -> str:
+    """Accuracy by distance from a nugget."""
+    cells = _read("reconstruction/distortion.json")["cells"]
+    lines = [f"{c['ratio']:g}x: " + " ".join(f"{100 * hit:.0f}" for hit in c["copy_span_profile"]) for c in cells]
+    return "\n".join(["```text", *lines, "```"])
+
+
+def grid() -> str:
+    """BLEU and accuracy by ratio and length."""
+    cells = _read("distortion/distortion.json")["cells"]
+    lengths = sorted({cell["length"] for cell in cells})
+    found = {
+        (cell["ratio"], cell["length"]): f"{cell['bleu']['value']:.1f} / {100 * cell['token_accuracy']['value']:.1f}"
+        for cell in cells
+    }
+    ratios = sorted({cell["ratio"] for cell in cells})
+    rows = [[f"{ratio:g}x", *(found[ratio, length] for length in lengths)] for ratio in ratios]
+    return markdown_table(["ratio asked", *(f"{length} tokens" for length in lengths)], rows)
+
+
+def bits() -> str:
+    """What exact int8 memories of 128 tokens weigh."""
+    rows = [
+        [
+            f"{cell['ratio']:g}x",
+            f"{cell['patch_bits_per_char']:.3f}",
+            f"{cell['int8_nugget_bits_per_char']:.1f}",
+            f"{cell['exact_file_bits_per_char']:.1f}",
+        ]
+        for cell in _read("distortion/distortion.json")["cells"]
+        if cell["length"] == 128
+    ]
+    return markdown_table(["ratio asked", "patch", "nuggets (int8)", "whole file"], rows)
+
+
+def going_on() -> str:
+    """Nats of what follows."""
+    report = _read("reconstruction/distortion.json")
+    (reference,) = report["lengths"]
+    seen = [
+        ("nothing (plain LM)", reference["nll_none"]),
+        ("the whole window (plain LM)", reference["nll_full"]),
+        ("nothing (decoder)", reference["nll_no_memory"]),
+    ]
+    seen += [
+        (f"memory at {cell['ratio']:g}x (decoder)", cell["nll_memory"])
+        for cell in report["cells"]
+        if cell["ratio"] in (4, 10, 20)
+    ]
+    return markdown_table(["what is seen", "nats a token"], [[what, f"{one['value']:.3f}"] for what, one in seen])
+
+
+def policies() -> str:
+    """One checkpoint, other selections."""
+    ratios = (4, 10, 20)
+    rows = []
+    for policy in POLICIES:
+        folder = "distortion" if policy == "even" else f"selection-{policy}"
+        cells = {c["ratio"]: c for c in _read(f"{folder}/distortion.json")["cells"] if c["length"] == 128}
+        figures = [
+            f"{cells[r]['bleu']['value']:.1f} / {100 * cells[r]['token_accuracy']['value']:.1f}" for r in ratios
+        ]
+        rows.append([policy, *figures])
+    return markdown_table(["selection", *(f"{ratio}x BLEU / accuracy %" for ratio in ratios)], rows)
+
+
+def selection_study() -> str:
+    """The arms of the selection study."""
+    return _table_of("studies/selection/study.md")
+
+
+def studies() -> str:
+    """Every other study: its question, and what its arms reached."""
+    rows = []
+    for path in sorted(RESULTS.glob("studies/*/study.json")):
+        report, name = json.loads(path.read_text(encoding="utf-8")), path.parent.name
+        if name == "selection":
+            continue
+        means = {arm: one["mean"] for arm, one in report["summary"].items()}
+        rows.append([
+            f"[{name}](../benchmarks/results/studies/{name}/study.md)",
+            yaml.safe_load(report["text"])["question"],
+            ", ".join(f"{arm} {100 * mean['accuracy_20x']:.1f}" for arm, mean in means.items()),
+            ", ".join(f"{mean['lm_loss']:.3f}" for mean in means.values()),
+        ])
+    return markdown_table(["study", "question", "20x accuracy %", "LM, nats a token"], rows)
+
+
+def selection_bound() -> str:
+    """What a search with hindsight wins."""
+    rows = [
+        [f"{r['ratio']}x", r["nuggets"], r["round"], f"{r['nats']:.3f}", f"{100 * r['accuracy']:.1f}", r["longest_gap"]]
+        for r in _read("selection-bound.json")["results"]
+    ]
+    return markdown_table(["ratio asked", "nuggets", "rounds", "nats a token", "accuracy %", "longest gap"], rows)
+
+
+def novel() -> str:
+    """A book from its nuggets."""
+    book = _read("novel.json")
+    same = "yes" if book["exact_mode_same_bytes"] else "NO"
+    rows = [
+        ["BLEU over the book", book["bleu"]],
+        ["segments without a fault", f"{book['exact_segments']:.1%}"],
+        ["seconds to compress / to reconstruct", f"{book['compress_seconds']} / {book['reconstruct_seconds']}"],
+        ["exact mode returns the book byte for byte", f"{same}, {len(book['exact_mode_fallbacks'])} fallbacks"],
+        ["tokens patched, bytes of the patch", f"{book['patched_tokens']}, {book['patch_bytes']}"],
+        ["bytes of the lossless copy kept for safety (xz)", f"{book['lossless_copy_bytes']:,}"],
+    ]
+    return markdown_table(["", ""], rows)
+
+
+def streaming_mask() -> str:
+    """Chunks that gather their keys against one dense mask."""
+    rows = [
+        [
+            f"{r['tokens']:,}",
+            r["nuggets"],
+            f"{r['chunked_s'] - r['head_s']:.1f}",
+            f"{r['dense_s'] - r['head_s']:.1f}",
+            f"{(r['dense_s'] - r['head_s']) / (r['chunked_s'] - r['head_s']):.1f}",
+        ]
+        for r in _read("streaming_mask.json")["results"]
+    ]
+    return markdown_table(["tokens", "nuggets", "chunked, s", "dense, s", "factor"], rows)
+
+
+def refinement() -> str:
+    """Quality against seconds."""
+    header = ["ratio asked", "tokens a nugget", "steps", "seconds a window", "BLEU", "accuracy %"]
+    rows = [
+        [
+            f"{r['ratio']:g}x",
+            f"{r['achieved']:.1f}",
+            r["steps"],
+            r["seconds_each"],
+            f"{r['bleu']:.1f}",
+            f"{100 * r['accuracy']:.1f}",
+            *(f"{r[key]:.3f}" for key in ("nll_memory", "nll_no_memory", "nll_full")),
+        ]
+        for r in _read("refinement.json")["results"]
+    ]
+    return markdown_table([*header, "next 64 tokens, nats", "no memory", "all"], rows)
+
+
+def speed() -> str:
+    """Compressing and decoding against a plain prefill and a full cache."""
+    columns = {
+        "tokens": "tokens",
+        "nuggets": "nuggets",
+        "prefill ms": "prefill_ms",
+        "compress ms": "compress_ms",
+        "compress / prefill": "compress_over_prefill",
+        "full cache tokens/s": "full_tokens_per_s",
+        "memory tokens/s": "memory_tokens_per_s",
+        "decode speed-up": "decode_speedup",
+        "full cache bytes": "full_cache_bytes",
+        "memory bytes": "memory_bytes",
+    }
+    rows = [[_figure(r[key]) for key in columns.values()] for r in _read("speed.json")["results"]]
+    return markdown_table(list(columns), rows)
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "reconstruction": reconstruction,
+    "profile": profile,
+    "grid": grid,
+    "bits": bits,
+    "going-on": going_on,
+    "policies": policies,
+    "selection-study": selection_study,
+    "studies": studies,
+    "selection-bound": selection_bound,
+    "novel": novel,
+    "streaming-mask": streaming_mask,
+    "refinement": refinement,
+    "speed": speed,
+}
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def _table_of(name: str) -> str:
+    """The first table of a Markdown report."""
+    lines: Sequence[str] = (RESULTS / name).read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines if line.startswith("|"))
+
+
+def _interval(figure: dict[str, float], scale: float) -> str:
+    value, low, high = (scale * figure[key] for key in ("value", "low", "high"))
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _figure(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+
+
+if __name__ == "__main__":
+    main()
