@@ -222,7 +222,7 @@ def _nugget_keys(nuggets: Nuggets | None, layout: Layout, device: torch.device) 
 
 
 def _additive(seen: Tensor, bias: Tensor | None, batch: int, like: Tensor) -> Tensor:
-    """A float mask (B * rows, 1, q, k) from `seen` ([rows,] q, k), plus `bias` (B * rows, nuggets) on the first keys."""
+    """A float mask (B * rows, 1, q, k) from `seen` ([rows,] q, k), plus `bias` (B * rows, nuggets)."""
     seen = seen.reshape(-1, *seen.shape[-2:])
     like = Network.mask_like(like)
     lowest = torch.finfo(like.dtype).min

@@ -47,5 +47,5 @@ class Compressed:
         count, size = self.budget.each, len(rows)
         nuggets = self.model.encode(rows, [layout.chunk] * size, [count] * size, selection=self.selection).nuggets
         shift = torch.arange(size, device=ids.device)[:, None].expand(-1, count) * layout.chunk
-        keys = self.model.rotation(nuggets.keys, shift)
-        return Nuggets(*([states.transpose(0, 1).flatten(1, 2)[None] for states in kind] for kind in (keys, nuggets.values)))
+        kinds = self.model.rotation(nuggets.keys, shift), nuggets.values
+        return Nuggets(*([states.transpose(0, 1).flatten(1, 2)[None] for states in kind] for kind in kinds))

@@ -53,8 +53,8 @@ class Budget(Frozen):
         """
         if self.chunk % self.ratio or self.nuggets % max(1, self.each):
             raise InputError(
-                f"{self.states} states in chunks of {self.chunk} tokens: at {self.ratio}x a chunk must be whole nuggets, "
-                f"and half of the states whole chunks of them; try --chunk {2 * self.ratio}"
+                f"{self.states} states in chunks of {self.chunk} tokens: at {self.ratio}x a chunk must be whole "
+                f"nuggets, and half of the states whole chunks of them; try --chunk {2 * self.ratio}"
             )
         if self.tau < 1:
             raise InputError(f"{self.states} states leave no room for chunks of {self.chunk} tokens; ask for more")
@@ -62,8 +62,8 @@ class Budget(Frozen):
             raise InputError(f"chunks of {self.chunk} tokens are longer than the model's window of {window}")
         if self.text + 2 > context:
             raise InputError(
-                f"with {self.states} states {self.ratio}x reaches back {self.text} tokens, but the model was trained on "
-                f"contexts of {context}: ask for fewer --states"
+                f"with {self.states} states {self.ratio}x reaches back {self.text} tokens, but the model was trained "
+                f"on contexts of {context}: ask for fewer --states"
             )
 
 

@@ -21,7 +21,7 @@ SINKS = 4
 
 @dataclass(frozen=True)
 class Sinks:
-    """The base LM with `SINKS` sinks and whole tokens, `states` together; states are computed once, when a token is read.
+    """The base LM with `SINKS` sinks and whole tokens; states are computed once, when a token is read.
 
     Attributes:
         model: its base reads.
