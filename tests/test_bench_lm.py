@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,16 @@ from typer.testing import CliRunner
 import tiny
 from cli_fixtures import save_tiny_model
 from nugget2d import Nugget2D
+from nugget2d.baselines.pooled import PooledMemory
 from nugget2d.cache import Nuggets, cached_states
 from nugget2d.cli.app import app
-from nugget2d.config import SelectionName
 from nugget2d.errors import InputError
 from nugget2d.evaluation.streaming.full import Full, equal_text
 from nugget2d.evaluation.streaming.nuggets import Compressed
 from nugget2d.evaluation.streaming.reader import Budget
+from nugget2d.evaluation.streaming.run import LmSettings, run_lm
 from nugget2d.evaluation.streaming.sinks import SINKS, Sinks
+from nugget2d.evaluation.streaming.tables import markdown
 from nugget2d.evaluation.streaming.text import articles, cut
 from nugget2d.losses import token_losses
 
@@ -28,23 +31,25 @@ FIRST = BUDGET.text
 LENGTH = 130
 
 
-@pytest.mark.parametrize("selection", ["even", "random", "learned"])
-def test_nuggets_are_those_of_a_stream(llama: Nugget2D, selection: SelectionName) -> None:
+def pooled_memory() -> PooledMemory:
+    """A model of pooled memories, trained as little as the others."""
+    plain = tiny.trained("llama", "copies")
+    model = PooledMemory(tiny.lm(), tiny.tokenizer(), plain.config.model_copy(update={"name": "pooled"}))
+    model.load_state_dict(plain.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("kind", ["even", "random", "learned", "pooled"])
+def test_nuggets_are_those_of_a_stream(kind: Any) -> None:
     """Read token by token: the oldest nuggets are given up by whole segments, no query sees more than the budget."""
-    model = tiny.trained("llama", "copies", selection=selection)
+    model = pooled_memory() if kind == "pooled" else tiny.trained("llama", "copies", selection=kind)
     ids = tiny.random_ids(1, LENGTH)[0]
     stream = model.stream(BUDGET.tau, BUDGET.ratio, BUDGET.nuggets, chunk=BUDGET.chunk)
     losses, states = [], []
     for token in ids:
         losses.append(stream.append_scored([int(token)]))
         states.append(stream.cache_size)
-    assert (
-        torch.allclose(Compressed(llama, BUDGET, selection)(ids, FIRST), torch.cat(losses)[FIRST:], atol=1e-4)
-        is (
-            selection != "learned"  # the scorers of two models differ by nothing: same seed
-        )
-        or torch.allclose(Compressed(model, BUDGET)(ids, FIRST), torch.cat(losses)[FIRST:], atol=1e-4)
-    )
+    assert torch.allclose(Compressed(model, BUDGET)(ids, FIRST), torch.cat(losses)[FIRST:], atol=1e-4)
     assert max(states) == BUDGET.states
     assert min(states[FIRST:]) == BUDGET.states - BUDGET.chunk + 1
 
@@ -106,7 +111,7 @@ def test_sinks_are_a_cache_whose_positions_are_its_own(llama: Nugget2D) -> None:
         ({"chunk": 10}, "whole nuggets"),
         ({"states": 20, "chunk": 16}, "whole chunks"),
         ({"states": 16}, "no room"),
-        ({"states": 80, "chunk": 40}, "longer than the model's window of 32"),
+        ({"states": 100, "chunk": 40}, "longer than the model's window of 32"),
         ({"states": 240}, "contexts of 500"),
     ],
 )
@@ -119,9 +124,10 @@ def test_what_cannot_be_read(changes: dict[str, int], message: str) -> None:
 
 
 def test_articles_begin_with_their_titles() -> None:
-    text = " \n = One = \n \n Text = x . \n \n = = Part = = \n \n More . \n = Two = \n \n End \n"
-    assert [part.split()[:3] for part in articles(text)] == [["=", "One", "="], ["=", "Two", "="]]
-    assert "".join(articles(text)) == text.lstrip(" \n").join(["", ""]) or articles(text)[0].endswith("More . \n")
+    text = "\n = One = \n \n Text = x . \n \n = = Part = = \n \n More . \n = Two = \n \n End \n"
+    one, two = articles(text)
+    assert "\n" + one + two == text
+    assert one.split()[:3] == ["=", "One", "="] and two.split()[:3] == ["=", "Two", "="]
     assert articles("no titles\n") == ["no titles\n"]
 
 
@@ -139,6 +145,36 @@ def test_blocks_tile_each_document_and_count_each_word_once() -> None:
         cut(tiny.tokenizer(), ["short"], 30, 40, 100)
 
 
+# ---- runs ----
+
+
+def test_a_run_measures_only_what_is_missing(llama: Nugget2D, tmp_path: Path) -> None:
+    settings = LmSettings(
+        config=llama.config,
+        weights=llama.fingerprint.model,
+        tokenizer=llama.fingerprint.tokenizer,
+        data_sha256={"text": "0"},
+        states=(24, 32),
+        chunk=8,
+        ratio=4,
+        tokens=100,
+        block=40,
+    )
+    arguments = {"text": [tiny.TEXT]}, settings, tmp_path
+    report = run_lm(llama, None, *arguments)
+    assert [cell["states"] for cell in report["cells"]] == [24] * 6 + [32] * 6
+    assert report["corpora"][0]["tokens"] == 120 and report["corpora"][0]["warm_up"] == 3 * settings.warm_up
+    report["cells"][0]["nats"][0] += 100  # would not survive being measured again
+    (tmp_path / "lm.json").write_text(json.dumps(report))
+    steps: list[tuple[int, int]] = []
+    again = run_lm(llama, pooled_memory(), *arguments, on_progress=lambda done, total: steps.append((done, total)))
+    assert [cell for cell in again["cells"] if cell["method"] != "compressive"] == report["cells"]
+    assert steps == [(done, 240) for done in range(40, 241, 40)]
+    assert "| compressive |" in markdown(again)
+    with pytest.raises(InputError, match=r"other settings \(tokens\)"):
+        run_lm(llama, None, arguments[0], settings.model_copy(update={"tokens": 50}), tmp_path)
+
+
 # ---- command line ----
 
 
@@ -150,7 +186,7 @@ def bench(*arguments: object, code: int = 0) -> str:
 
 def test_the_command(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
-    records = [{"text": tiny.TEXT * 8, "split": "val"}, {"text": "not read " * 9000, "split": "train"}]
+    records = [{"text": tiny.TEXT * 16, "split": "val"}, {"text": "not read " * 9000, "split": "train"}]
     (tmp_path / "books.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     data = f"{tmp_path / 'books.jsonl'}:split=val"
     out = tmp_path / "figures"
@@ -171,19 +207,11 @@ def test_the_command(tmp_path: Path) -> None:
     )
     assert (out / "lm.md").read_text().count("\n| ") == 7
 
-    # only the new row is measured
-    seconds = [cell["seconds"] for cell in report["cells"]]
-    report["cells"][0]["nats"][0] += 100
-    (out / "lm.json").write_text(json.dumps(report))
-    bench(*arguments, "--compressive", model)
-    again = json.loads((out / "lm.json").read_text())
-    assert {row["method"] for row in again["rows"]} == {*methods, "compressive"}
-    assert again["cells"][0] == report["cells"][0] and len(seconds) + 1 == len(again["cells"])
-
     for wrong, saying in (
-        (["--chunk", "40"], "other settings (chunk)"),
+        (["--chunk", "10"], "other settings (chunk)"),
         (["--states", "9000"], "contexts of"),
         (["--states", "few"], "--states takes numbers"),
+        (["--compressive", tmp_path / "none"], "none"),
         (["--data", tmp_path / "missing.txt"], "matches no file"),
         (["--data", f"{tmp_path / 'books.jsonl'}:split=none"], "no document has"),
     ):

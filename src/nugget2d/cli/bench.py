@@ -100,9 +100,10 @@ def lm(
     """
     columns = tuple(_numbers(states, "--states", int))
     corpora, digests = {}, {}
-    for name in data:
-        file, where = _parse_source(name)
-        corpora[Path(name).name], digests[Path(name).name] = _documents(file, where)
+    for source in data:
+        path, where = _parse_source(source)
+        name = Path(source).name
+        corpora[name], digests[name] = _documents(path, where)
     compressor = load_model(model)
     with safe_to_interrupt():
         from nugget2d.baselines.pooled import PooledMemory

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nugget2d.cache import Nuggets
+from nugget2d.cache import LayerStates, Nuggets
 from nugget2d.config import SelectionName
 from nugget2d.evaluation.streaming.reader import Budget
 from nugget2d.losses import token_losses
@@ -47,5 +47,10 @@ class Compressed:
         count, size = self.budget.each, len(rows)
         nuggets = self.model.encode(rows, [layout.chunk] * size, [count] * size, selection=self.selection).nuggets
         shift = torch.arange(size, device=ids.device)[:, None].expand(-1, count) * layout.chunk
-        kinds = self.model.rotation(nuggets.keys, shift), nuggets.values
-        return Nuggets(*([states.transpose(0, 1).flatten(1, 2)[None] for states in kind] for kind in kinds))
+        keys = self.model.rotation(nuggets.keys, shift)
+        return Nuggets(_in_a_row(keys), _in_a_row(nuggets.values))
+
+
+def _in_a_row(layers: LayerStates) -> list[Tensor]:
+    """(segments, heads, each, d) -> (1, heads, segments * each, d)."""
+    return [states.transpose(0, 1).flatten(1, 2)[None] for states in layers]

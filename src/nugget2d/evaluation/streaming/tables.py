@@ -13,10 +13,11 @@ def markdown(report: dict[str, Any]) -> str:
         f"Model `{settings['config']['name']}` (weights {settings['weights'][:12]}), nuggets chosen by "
         f"`{settings['config']['selection']}` unless said otherwise, {settings['ratio']}x. No query attends to more "
         "keys than the column says, its own, a head and sinks among them; all methods slide by "
-        f"{settings['chunk']} tokens. Half of the states of Nugget2D are nuggets. `full, equal text` has no such limit: the base LM over as many "
-        "tokens as nuggets and whole tokens stand for. Perplexity per token / per word: the same nats, divided by words "
-        "between whitespace (line ends are not words). In brackets: by how many per cent the perplexity per token is "
-        "above that of `nugget2d`, with the paired 95 % bootstrap interval over blocks.",
+        f"{settings['chunk']} tokens. Half of the states of Nugget2D are nuggets. `full, equal text` has no such "
+        "limit: the base LM over as many tokens as nuggets and whole tokens stand for, or a few more.",
+        "Perplexity per token / per word: the same nats, divided by words between whitespace (line ends are not "
+        "words). In brackets: by how many per cent the perplexity per token is above that of `nugget2d`, with the "
+        "paired 95 % bootstrap interval over blocks.",
     ]
     for corpus in report["corpora"]:
         rows = {(row["states"], row["method"]): row for row in report["rows"] if row["corpus"] == corpus["name"]}
