@@ -124,7 +124,7 @@ def test_what_cannot_be_read(changes: dict[str, int], message: str) -> None:
 
 
 def test_articles_begin_with_their_titles() -> None:
-    text = "\n = One = \n \n Text = x . \n \n = = Part = = \n \n More . \n = Two = \n \n End \n"
+    text = "\n = One = \n \n Text = x . \n = 1 / s = \n 2 . \n \n = = Part = = \n \n More . \n = Two = \n \n End \n"
     one, two = articles(text)
     assert "\n" + one + two == text
     assert one.split()[:3] == ["=", "One", "="] and two.split()[:3] == ["=", "Two", "="]

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from nugget2d.errors import InputError
 from nugget2d.segmentation import tokenize
 
-# " = Title = " on a line of its own begins an article of WikiText, " = = Part = = " does not
-_TITLE = re.compile(r"^ = (?!= ).*(?<! =) = $", re.MULTILINE)
+# " = Title = " before an empty line begins an article of WikiText; " = = Part = = " and stray formulas do not
+_TITLE = re.compile(r"^ = (?!= ).*(?<! =) = \n \n", re.MULTILINE)
 _WORD = re.compile(r"(?<!\S)\S")
 
 
