@@ -1,90 +1,133 @@
-"""A stream over a long text: does it stay as good, as small and as fast as at the start?
+"""A stream over a whole novel: does it stay as good, as small and as fast as at the start?
 
-    python benchmarks/streaming.py --data ../shared/data/lm/novels100.jsonl.xz --out benchmarks/results/streaming.json
+    python benchmarks/streaming.py --data ../shared/data/lm/novels100.jsonl.xz --number 2 --out benchmarks/results/novel
 
-By position in the text: nats per token, milliseconds per token, states in the decoder's cache, nuggets held. `plain` is
-what the base predicts from the last tau to tau + chunk tokens alone, recomputed for every chunk.
+By position in the text: nats per token, milliseconds per token, states in the decoder's cache, nuggets and bytes held.
+Side by side, block by block: a stream that keeps all nuggets, one that keeps `--max-nuggets`, and full attention (the
+base LM with a growing cache) until a block of it takes `--patience` times what the first stream takes.
 """
 
 import argparse
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from nugget2d import Nugget2D
+from nugget2d.cache import cached_states
+from nugget2d.evaluation.plots import plot_streams
 from nugget2d.evaluation.report import markdown_table, write_report
+from nugget2d.files import atomic_write
 from nugget2d.losses import token_losses
+from nugget2d.streaming.stream import Stream
 from nugget2d.training.corpus import documents
 from nugget2d.training.recipe import Source
 
+PIECE = 128  # tokens that full attention reads at a time
+
 
 def main() -> None:
-    """Measure, print a table, write the JSON."""
+    """Measure; write table, plot and JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano")
     parser.add_argument("--data", type=Path, required=True, help="records with a `split` field")
     parser.add_argument("--split", default="val")
-    parser.add_argument("--novels", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=20_480, help="from the start of each novel")
-    parser.add_argument("--block", type=int, default=2_048, help="tokens of a line of the table")
+    parser.add_argument("--number", type=int, default=0, help="which novel of the split")
+    parser.add_argument("--tokens", type=int, default=None, help="from its start; all if not given")
+    parser.add_argument("--block", type=int, default=4_096, help="tokens of a line of the table")
     parser.add_argument("--tau", type=int, default=128)
+    parser.add_argument("--chunk", type=int, default=None)
     parser.add_argument("--ratio", type=float, default=10)
-    parser.add_argument("--max-nuggets", type=int, default=None)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--max-nuggets", type=int, default=64)
+    parser.add_argument("--patience", type=float, default=10)
+    parser.add_argument("--out", type=Path, required=True, help="folder")
     options = parser.parse_args()
 
     model = Nugget2D.from_pretrained(options.model)
     source = Source(path=options.data.name, where={"split": options.split})
-    texts = islice(documents(source, options.data.parent), options.novels)
-    # a token has at least one character, few have more than 16: enough text, and not a whole novel
-    ids = [model.ids(text[: 16 * options.tokens])[0, : options.tokens] for text in texts]
-    streamed = [measure(model, row, options) for row in ids]
-    plain = torch.stack([plain_losses(model, row, options.tau, model.config.window) for row in ids]).mean(0)
-    results = []
-    for number, blocks in enumerate(zip(*streamed, strict=True)):
-        result = {key: round(sum(block[key] for block in blocks) / len(blocks), 4) for key in blocks[0]}
-        part = plain[max(0, number * options.block - 1) : (number + 1) * options.block - 1]
-        results.append(result | {"plain_nats": round(float(part.mean()), 4)})
-    keys = list(results[0])
-    print(markdown_table(keys, [[result[key] for key in keys] for result in results]))
+    text = next(islice(documents(source, options.data.parent), options.number, None))
+    ids = model.ids(text)[0, : options.tokens]
+    streams = {
+        "all nuggets": model.stream(options.tau, options.ratio, chunk=options.chunk),
+        f"{options.max_nuggets} nuggets": model.stream(
+            options.tau, options.ratio, options.max_nuggets, chunk=options.chunk
+        ),
+    }
+    full = FullAttention(model)
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in (*streams, "full attention")}
+    going_on = True
+    for number, block in enumerate(ids.split(options.block)):
+        position = number * options.block + len(block)
+        for name, stream in streams.items():
+            results[name].append({"position": position} | timed(stream.append_scored, block) | held(stream))
+        if going_on:
+            mine = {"position": position} | timed(full.append_scored, block) | full.held()
+            results["full attention"].append(mine)
+            going_on = mine["ms_per_token"] < options.patience * results["all nuggets"][-1]["ms_per_token"]
+        print(f"{position:,} of {len(ids):,} tokens", flush=True)
+
     settings = {key: value for key, value in vars(options).items() if key not in ("data", "out")}
-    write_report(options.out, settings | {"chunk": model.config.window, "results": results})
+    settings |= {"chunk": streams["all nuggets"].chunk, "length": len(ids)}
+    write_report(options.out / "streaming.json", settings | {"results": results})
+    with atomic_write(options.out / "streaming.md") as file:
+        file.write((table(results) + "\n").encode())
+    print(table(results))
+    plot_streams(results, options.out / "streaming.png")
 
 
-def measure(model: Nugget2D, ids: Tensor, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One record for each block of one text."""
-    stream = model.stream(options.tau, options.ratio, options.max_nuggets)
-    results = []
-    for block in ids.split(options.block):
-        start = time.perf_counter()
-        losses = stream.append_scored(block)
-        seconds = time.perf_counter() - start
-        results.append(
-            {
-                "tokens": stream.num_tokens,
-                "nats": float(losses.mean()),
-                "ms_per_token": 1000 * seconds / len(block),
-                "cache_states": stream.cache_size,
-                "nuggets": stream.num_nuggets,
-                "bytes": stream.nbytes,
-            }
-        )
-    return results
+class FullAttention:
+    """The base LM, which forgets nothing: what it has read stays in its cache."""
+
+    def __init__(self, model: Nugget2D) -> None:
+        """Nothing read."""
+        self._model, self._cache, self._last = model, DynamicCache(config=model.lm.config), model.start_token
+
+    @torch.no_grad()
+    def append_scored(self, ids: Tensor) -> Tensor:
+        """(n,) tokens to their nats."""
+        losses = []
+        for piece in ids.split(PIECE):
+            first = [] if self._last is None else [self._last]
+            inputs = torch.tensor([[*first, *piece[:-1].tolist()]])
+            with self._model.parameters_by_role.role("base") as lm:
+                logits = lm(input_ids=inputs, past_key_values=self._cache, use_cache=True).logits
+            losses.append(token_losses(logits, piece[None, -inputs.shape[1] :])[0])
+            self._last = int(piece[-1])
+        return torch.cat(losses)
+
+    def held(self) -> dict[str, int]:
+        """States and bytes."""
+        keys, values = cached_states(self._cache)
+        return {"states": self._cache.get_seq_length(), "bytes": sum(layer.nbytes for layer in (*keys, *values))}
 
 
-@torch.no_grad()
-def plain_losses(model: Nugget2D, ids: Tensor, tau: int, chunk: int) -> Tensor:
-    """(n - 1,) nats of each token but the first, from the whole tokens that a stream would have."""
-    losses = []
-    for start in range(0, len(ids) - 1, chunk):
-        seen = ids[None, max(0, start - tau) : start + chunk + 1]
-        logits = model.decode(None, seen[:, :-1], prompt=None)
-        losses.append(token_losses(logits, seen[:, 1:])[0, -min(chunk, len(ids) - 1 - start) :])
-    return torch.cat(losses)
+def timed(read: Callable[[Tensor], Tensor], block: Tensor) -> dict[str, float]:
+    """How well and how fast a block is read."""
+    start = time.perf_counter()
+    losses = read(block)
+    milliseconds = 1000 * (time.perf_counter() - start) / len(block)
+    return {"nats": round(float(losses.mean()), 4), "ms_per_token": round(milliseconds, 4)}
+
+
+def held(stream: Stream) -> dict[str, int]:
+    """What a stream holds."""
+    return {"states": stream.cache_size, "nuggets": stream.num_nuggets, "bytes": stream.nbytes}
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """A line a block; what was not measured stays empty."""
+    columns = [(name, key) for name, points in results.items() for key in points[0] if key != "position"]
+    found = {name: {point["position"]: point for point in points} for name, points in results.items()}
+    positions = [point["position"] for point in next(iter(results.values()))]
+    return markdown_table(
+        ["tokens read", *(f"{name}: {key}" for name, key in columns)],
+        [[f"{at:,}", *(found[name].get(at, {}).get(key, "") for name, key in columns)] for at in positions],
+    )
 
 
 if __name__ == "__main__":

@@ -141,6 +141,25 @@ def test_without_a_limit_all_nuggets_are_held(llama: Nugget2D) -> None:
     assert stream.cache_size == stream.num_nuggets + 1 + stream.num_whole
 
 
+@pytest.mark.parametrize("chunk", [3, 8, 20])
+def test_chunks_of_other_lengths(llama: Nugget2D, chunk: int) -> None:
+    """Pieces do not matter, the ratio is met (or one nugget a chunk), the cache stays in bounds, rewinding is exact."""
+    ids = tiny.random_ids(1, 90)[0].tolist()
+    whole, parts = (llama.stream(TAU, 4, 6, chunk=chunk) for _ in range(2))
+    expected = whole.append_scored(ids)
+    assert torch.allclose(in_pieces(parts, ids, [1, 50, 2, *[1] * 10]), expected, atol=1e-4)
+    assert same(whole, parts)
+    assert TAU <= whole.num_whole <= TAU + chunk and whole.cache_size == 6 + 1 + whole.num_whole
+    parts.rewind(chunk)
+    never = llama.stream(TAU, 4, 6, chunk=chunk)
+    never.append(ids[:-chunk])
+    assert same(parts, never)
+    whole = llama.stream(TAU, 4, chunk=chunk)
+    whole.append(ids)
+    left = 90 - whole.num_whole
+    assert left % chunk == 0 and whole.num_nuggets == (left // 3 if chunk == 3 else -(-left // 4))
+
+
 # ---- rewind ----
 
 
@@ -306,6 +325,8 @@ def test_the_end_of_text_ends_writing_and_is_not_read(llama: Nugget2D, monkeypat
         ({"ratio": 0.5}, "ratio must be at least 1"),
         ({"ratio": float("nan")}, "ratio must be at least 1"),
         ({"max_nuggets": 0}, "max_nuggets must be at least 1"),
+        ({"chunk": 0}, "chunk must be from 1 to the 32 tokens"),
+        ({"chunk": 33}, "chunk must be from 1 to the 32 tokens"),
     ],
 )
 def test_bad_settings(llama: Nugget2D, options: dict[str, float], message: str) -> None:

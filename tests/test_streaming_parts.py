@@ -13,6 +13,7 @@ from nugget2d import Nugget2D
 from nugget2d.cache import Nuggets
 from nugget2d.errors import InputError
 from nugget2d.losses import token_losses
+from nugget2d.parameters import Role
 from nugget2d.segmentation import tokenize
 from nugget2d.selection import count_nuggets
 from nugget2d.streaming.feed import LONGEST, TextFeed
@@ -149,6 +150,24 @@ def test_all_ways_are_the_dense_mask(case: tuple[str, str], model: Nugget2D, lay
     first = layout.tau + layout.chunk
     assert torch.allclose(blind[:, :first], dense[:, :first], atol=1e-4)
     assert not torch.allclose(blind[:, first:], dense[:, first:], atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("role", ["decoder", "base"])
+def test_a_reach_hides_older_segments(llama: Nugget2D, role: Role) -> None:
+    """Chunks that gather only what is in reach see what the dense mask shows; the base sees no heads."""
+    ids = tiny.random_ids(1, 20 + 4 * tiny.WINDOW)
+    near, all_of_them = (Layout(20, tiny.WINDOW, 4, reach) for reach in (1, None))
+    nuggets = nuggets_of(llama, ids, near)
+    found = mixed_logits(llama, nuggets, ids, near, "chunked", role=role)
+    assert torch.allclose(found, mixed_logits(llama, nuggets, ids, near, "dense", role=role), atol=1e-4)
+    everything = mixed_logits(llama, nuggets, ids, all_of_them, role=role)
+    second = 20 + 2 * tiny.WINDOW  # the first chunk that has two segments behind it
+    assert torch.allclose(found[:, :second], everything[:, :second], atol=1e-4)
+    assert not torch.allclose(found[:, second:], everything[:, second:], atol=1e-2)
+    if role == "base":
+        decoded = mixed_logits(llama, nuggets, ids, near)
+        assert not torch.allclose(found[:, tiny.WINDOW + 20 :], decoded[:, tiny.WINDOW + 20 :], atol=1e-2)
 
 
 @torch.no_grad()

@@ -325,24 +325,29 @@ class Nugget2D(Network):
         ratio: float | None = None,
         max_nuggets: int | None = None,
         *,
+        chunk: int | None = None,
         memory: Memory | None = None,
     ) -> Stream:
         """Read without end: recent tokens whole, everything older as nuggets (Nugget2D, section 3.3).
 
         Args:
-            tau: tokens kept whole, at least, once so many were read; up to `config.window` more are whole until they
-                are compressed together.
+            tau: tokens kept whole, at least, once so many were read; up to `chunk` more are whole until they are
+                compressed together.
             ratio: tokens for each nugget, at least 1; None goes by the model's threshold (`calibrate`), or is 10 where
                 it has none.
             max_nuggets: how many are held at most; the oldest are given up first. None keeps all.
+            chunk: tokens compressed at a time, 1 to `config.window`, which None takes. Short chunks let a small cache
+                stay nearly full, but every chunk costs an encoder pass and a new head, and a nugget knows its own
+                chunk only. Every chunk has at least one nugget: one shorter than the ratio lowers it.
             memory: what was read before.
 
         Raises:
-            InputError: tau below 1 or too large for `config.context`, a ratio or max_nuggets below 1.
+            InputError: tau below 1 or too large for `config.context`, a ratio or max_nuggets below 1, a chunk out of
+                range.
             MismatchError: the memory was made by another model.
             ModelError: this model's keys cannot be moved to other positions.
         """
-        return Stream(self, tau, ratio, max_nuggets, memory)
+        return Stream(self, tau, ratio, max_nuggets, chunk, memory)
 
     def calibrate(self, text: str, ratio: float) -> None:
         """Set the score above which streams make a token a nugget, so that about one in `ratio` tokens of `text` is.

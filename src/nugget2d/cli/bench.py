@@ -1,5 +1,6 @@
 """`nugget2d bench`: measure a model."""
 
+from collections.abc import Mapping
 from hashlib import sha256
 from importlib.util import find_spec
 from lzma import LZMAError
@@ -18,11 +19,6 @@ WINDOWS = 100
 Number = TypeVar("Number", int, float)
 
 bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure a model on held-out text.")
-
-
-@bench.callback()
-def _group() -> None:
-    """Keep `distortion` a command of its own: a Typer app of a single command would take its place."""
 
 
 @bench.command()
@@ -75,6 +71,70 @@ def distortion(
     say("wrote", f"{out}: distortion.json, distortion.md, {', '.join(path.name for path in plots)}")
 
 
+@bench.command()
+def lm(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for figures and table.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            metavar="FILE[:FIELD=VALUE]",
+            help="Held-out .txt(.xz), .jsonl(.xz); of records, those with this value. Repeat for more corpora.",
+        ),
+    ],
+    model: ModelName = DEFAULT_MODEL,
+    compressive: Annotated[
+        Path | None, typer.Option("--compressive", help="Folder of a model trained on pooled memories: one row more.")
+    ] = None,
+    states: Annotated[str, typer.Option("--states", help="Most keys that a query attends to.")] = "256,128,64",
+    chunk: Annotated[int, typer.Option("--chunk", min=1, help="Tokens between two slides, of all methods.")] = 20,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, help="Tokens scored of each corpus, in whole blocks.")
+    ] = 100_000,
+    force: Annotated[bool, typer.Option("--force", help="Forget what the folder holds.")] = False,
+) -> None:
+    """Measure language modelling when no query sees more than so many states.
+
+    Nuggets at 10x beside the plain LM, StreamingLLM and pooled memories. Cells that the folder holds already are not
+    measured again.
+    """
+    columns = tuple(_numbers(states, "--states", int))
+    corpora, digests = {}, {}
+    for source in data:
+        path, where = _parse_source(source)
+        name = Path(source).name
+        corpora[name], digests[name] = _documents(path, where)
+    compressor = load_model(model)
+    with safe_to_interrupt():
+        from nugget2d.baselines.pooled import PooledMemory
+        from nugget2d.evaluation.streaming.run import LmSettings, run_lm
+        from nugget2d.evaluation.streaming.tables import markdown
+        from nugget2d.evaluation.streaming.text import articles
+    pooled = None if compressive is None else PooledMemory.from_pretrained(compressive, device=compressor.device)
+    settings = LmSettings(
+        config=compressor.config,
+        weights=compressor.fingerprint.model,
+        tokenizer=compressor.fingerprint.tokenizer,
+        data_sha256=digests,
+        states=columns,
+        chunk=chunk,
+        tokens=tokens,
+    )
+    documents = {name: [part for text in texts for part in articles(text)] for name, texts in corpora.items()}
+    with progress("measuring", unit="tokens") as on_progress:
+        report = run_lm(compressor, pooled, documents, settings, out, force=force, on_progress=on_progress)
+    with atomic_write(out / "lm.md") as file:
+        file.write(markdown(report).encode())
+    say("wrote", f"{out}: lm.json, lm.md")
+
+
+def _parse_source(source: str) -> tuple[Path, dict[str, str]]:
+    """FILE, or FILE:FIELD=VALUE."""
+    path, colon, condition = source.rpartition(":")
+    field, equals, value = condition.partition("=")
+    return (Path(path), {field: value}) if colon and equals else (Path(source), {})
+
+
 def _numbers(values: str, option: str, kind: type[Number]) -> list[Number]:
     try:
         numbers = [kind(value) for value in values.split(",")]
@@ -92,8 +152,8 @@ def _require_packages() -> None:
         raise InputError(f"bench needs {', '.join(missing)}: pip install 'nugget2d[bench]'")
 
 
-def _documents(data: Path | None) -> tuple[list[str], str]:
-    """Texts, and the SHA-256 of the bytes they come from."""
+def _documents(data: Path | None, where: Mapping[str, str] | None = None) -> tuple[list[str], str]:
+    """Texts, of records those with the values of `where`; and the SHA-256 of the bytes they come from."""
     if data is None:
         text = bundled_text()
         return [text], sha256(text.encode()).hexdigest()
@@ -101,6 +161,7 @@ def _documents(data: Path | None) -> tuple[list[str], str]:
     from nugget2d.training.recipe import Source
 
     try:
-        return list(documents(Source(path=data.name), data.parent)), sha256(data.read_bytes()).hexdigest()
+        source = Source(path=data.name, where=dict(where or {}))
+        return list(documents(source, data.parent)), sha256(data.read_bytes()).hexdigest()
     except (UnicodeDecodeError, LZMAError, EOFError, OSError) as error:
         raise InputError(f"cannot read {data}: {error}; give UTF-8 text as .txt, .jsonl or .jsonl.xz") from error

@@ -1,14 +1,12 @@
 """The grid of lengths and ratios, cell by cell, into a file that a later run goes on from."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nugget2d.config import Frozen, NuggetConfig, SelectionName
-from nugget2d.errors import InputError, OutputError
 from nugget2d.evaluation.distortion import describe_reference, measure_cell, measure_reference
-from nugget2d.evaluation.report import environment, write_report
+from nugget2d.evaluation.report import environment, load_report, make_folder, write_report
 from nugget2d.evaluation.windows import sample_windows
 from nugget2d.model import Nugget2D
 from nugget2d.segmentation import tokenize
@@ -72,12 +70,9 @@ def run_distortion(
         InputError: the folder holds another report, or there is too little text.
         OutputError: the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make folder {folder}: {error.strerror or error}") from error
+    make_folder(folder)
     path = folder / REPORT_FILE
-    report = None if force else _load(path, settings)
+    report = None if force else load_report(path, settings, ("cells", "lengths"))
     done = {(cell["length"], cell["ratio"]) for cell in report["cells"]} if report else set()
     left = {length: [ratio for ratio in ratios if (length, ratio) not in done] for length in lengths}
     total = sum(length * len(wanted) for length, wanted in left.items())
@@ -113,23 +108,4 @@ def run_distortion(
             measured += length
             if on_progress is not None:
                 on_progress(measured, total)
-    return report
-
-
-def _load(path: Path, settings: Settings) -> dict[str, Any] | None:
-    """The report in `path`, if there is one and it has these settings."""
-    if not path.exists():
-        return None
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        theirs, mine = report["settings"], settings.model_dump(mode="json")
-        different = [key for key in {**theirs, **mine} if theirs.get(key) != mine.get(key)]
-        report["cells"], report["lengths"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read as a report; choose another folder, or pass --force") from error
-    if different:
-        raise InputError(
-            f"{path} was measured with other settings ({', '.join(different)}); "
-            "choose another folder, or pass --force to start over"
-        )
     return report

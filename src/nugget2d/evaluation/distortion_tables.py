@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from nugget2d.evaluation.intervals import Estimate
-from nugget2d.evaluation.report import markdown_table
+from nugget2d.evaluation.report import figure_text, markdown_table
 
 _WITHOUT_GAIN = "-"
 _RETAINED = ("retained by last k %", "without memory %", "with memory %")
@@ -120,9 +120,4 @@ def _place(cell: dict[str, Any]) -> list[str]:
 
 
 def _number(figure: Estimate | None, digits: int, scale: float = 1) -> str:
-    if figure is None:
-        return _WITHOUT_GAIN
-    value = f"{scale * figure['value']:.{digits}f}"
-    if figure["low"] is None or figure["high"] is None:
-        return value
-    return f"{value} [{scale * figure['low']:.{digits}f}, {scale * figure['high']:.{digits}f}]"
+    return _WITHOUT_GAIN if figure is None else figure_text(figure, digits, scale)

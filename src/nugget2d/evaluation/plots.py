@@ -1,4 +1,4 @@
-"""A rate-distortion report as pictures."""
+"""Reports as pictures."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +34,23 @@ def plot_distortion(report: Report, folder: Path) -> list[Path]:
         with atomic_write(paths[-1]) as file:
             draw(report).savefig(file, format="png", dpi=_DPI)
     return paths
+
+
+def plot_streams(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Write one PNG: nats, time and bytes by position, a line for each way to read."""
+    figure, panels = _panels(3)
+    labels = {"nats": "nats per token", "ms_per_token": "milliseconds per token", "bytes": "bytes held"}
+    for axes, (key, label) in zip(panels, labels.items(), strict=True):
+        for number, (name, points) in enumerate(results.items()):
+            style = _style(number, name) | {"ms": 3}
+            axes.plot([point["position"] for point in points], [point[key] for point in points], **style)
+        axes.set(xlabel="tokens read", ylabel=label)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        if key != "nats":
+            axes.set_yscale("log")
+    panels[0].legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=_DPI)
 
 
 def _fidelity(report: Report) -> "Figure":
@@ -101,7 +118,7 @@ def _profile(report: Report) -> "Figure":
     chosen = nearest_to_profile_ratio(report["cells"])
     for number, cell in enumerate(chosen):
         values = [100 * value for value in cell["copy_span_profile"]]
-        axes.plot(range(len(values)), values, **_style(number, cell["length"]))
+        axes.plot(range(len(values)), values, **_style(number, f"{cell['length']} tokens"))
     axes.set(
         xlabel="tokens from a token to the nugget that follows it",
         ylabel="token accuracy, teacher-forced (%)",
@@ -128,14 +145,14 @@ def _lines(report: Report) -> list[tuple[list[Cell], dict[str, Any]]]:
     """The cells of each length, and how to draw them."""
     lengths = [entry["length"] for entry in report["lengths"]]
     return [
-        ([cell for cell in report["cells"] if cell["length"] == length], _style(number, length))
+        ([cell for cell in report["cells"] if cell["length"] == length], _style(number, f"{length} tokens"))
         for number, length in enumerate(lengths)
     ]
 
 
-def _style(number: int, length: int) -> dict[str, Any]:
+def _style(number: int, label: str) -> dict[str, Any]:
     kind = number % len(_COLOURS)
-    return {"color": _COLOURS[kind], "marker": _MARKERS[kind], "ms": 5, "label": f"{length} tokens"}
+    return {"color": _COLOURS[kind], "marker": _MARKERS[kind], "ms": 5, "label": label}
 
 
 def _line(

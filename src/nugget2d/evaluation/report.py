@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 
 import torch
 
+from nugget2d.config import Frozen
+from nugget2d.errors import InputError, OutputError
+from nugget2d.evaluation.intervals import Estimate
 from nugget2d.files import atomic_write
 
 _PACKAGES = ("nugget2d", "torch", "transformers", "tokenizers", "numpy", "sacrebleu", "zstandard")
@@ -43,6 +47,55 @@ def markdown_table(header: list[str], rows: list[list[Any]]) -> str:
         return "| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |"
 
     return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
+
+
+def figure_text(figure: Estimate, digits: int, scale: float = 1) -> str:
+    """A figure and its interval, if it has one."""
+    value = f"{scale * figure['value']:.{digits}f}"
+    if figure["low"] is None or figure["high"] is None:
+        return value
+    return f"{value} [{scale * figure['low']:.{digits}f}, {scale * figure['high']:.{digits}f}]"
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of a report, if it is missing.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make folder {folder}: {error.strerror or error}") from error
+
+
+def load_report(path: Path, settings: Frozen, parts: Sequence[str]) -> dict[str, Any] | None:
+    """The report in `path`, if there is one and it has these settings.
+
+    Args:
+        path: of a JSON file.
+        settings: what the report must have been measured with.
+        parts: keys that it must have besides.
+
+    Raises:
+        InputError: it is no such report, or one of other settings.
+    """
+    if not path.exists():
+        return None
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        theirs, mine = report["settings"], settings.model_dump(mode="json")
+        different = [key for key in {**theirs, **mine} if theirs.get(key) != mine.get(key)]
+        for part in parts:
+            report[part]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read as a report; choose another folder, or pass --force") from error
+    if different:
+        raise InputError(
+            f"{path} was measured with other settings ({', '.join(different)}); "
+            "choose another folder, or pass --force to start over"
+        )
+    return report
 
 
 def _version(name: str) -> str | None:

@@ -40,11 +40,18 @@ class Layout:
         tau: whole tokens behind a chunk.
         chunk: tokens of a chunk, and of a segment.
         views: at least 1; every view after the first has one segment more.
+        reach: how many segments before its whole tokens a view sees; None shows all.
     """
 
     tau: int
     chunk: int
     views: int
+    reach: int | None = None
+
+    @staticmethod
+    def over(length: int, *, tau: int, chunk: int, reach: int | None = None) -> "Layout":
+        """The shortest layout with room for `length` tokens."""
+        return Layout(tau, chunk, max(1, -(-(length - tau) // chunk)), reach)
 
     @property
     def length(self) -> int:
@@ -62,16 +69,17 @@ class Layout:
         view = (index - self.tau).div(self.chunk, rounding_mode="floor").clamp(min=0)
         return Queries(view, index + 1), Keys(torch.zeros_like(index), index // self.chunk, index + 1)
 
-    def heads(self, device: torch.device, *, start: bool) -> tuple[Queries, Keys]:
-        """The heads, one a view, (views,) each; without a start token nobody sees the first."""
+    def heads(self, device: torch.device, *, start: bool, prompts: bool) -> tuple[Queries, Keys]:
+        """The heads, one a view, (views,) each; without `start` nobody sees the first, without `prompts` the others."""
         view = torch.arange(self.views, device=device)
-        first = view if start else view.masked_fill(view == 0, NEVER)
+        first = view.masked_fill((view == 0) & (not start) | (view > 0) & (not prompts), NEVER)
         return Queries(view, torch.zeros_like(view)), Keys(first, view, torch.zeros_like(view))
 
     def nuggets(self, count: int, device: torch.device) -> Keys:
         """The nuggets, `count` of each segment, (segments * count,) each."""
         segment = torch.arange(self.segments, device=device).repeat_interleave(count)
-        return Keys(segment + 1, torch.full_like(segment, NEVER), torch.full_like(segment, -1))
+        last = torch.full_like(segment, NEVER) if self.reach is None else segment + self.reach
+        return Keys(segment + 1, last, torch.full_like(segment, -1))
 
 
 def joined(parts: list[Keys]) -> Keys:

@@ -21,13 +21,21 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from nugget2d.cache import Nuggets
 from nugget2d.errors import InputError
 from nugget2d.network import Network
+from nugget2d.parameters import Role
 from nugget2d.streaming.layout import NEVER, Keys, Layout, Queries, joined
 
 Way = Literal["chunked", "flex", "dense"]
+_NOBODY = (NEVER, 0, 0)  # as `Keys`: padding, seen by no query
 
 
 def mixed_logits(
-    model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layout, way: Way | None = None
+    model: Network,
+    nuggets: Nuggets | None,
+    ids: Tensor,
+    layout: Layout,
+    way: Way | None = None,
+    *,
+    role: Role = "decoder",
 ) -> Tensor:
     """What the decoder predicts, reading whole tokens nearby and nuggets for what is farther away.
 
@@ -40,6 +48,7 @@ def mixed_logits(
         ids: (B, layout.length) tokens.
         layout: how the text is cut.
         way: None takes flex on CUDA, chunked elsewhere and where a gradient has to reach the scorer.
+        role: who reads; the base has no heads before its whole tokens.
 
     Returns:
         (B, n, V): row t predicts ids[t + 1].
@@ -52,24 +61,27 @@ def mixed_logits(
     model.require_positions(layout.length + 1, slots=layout.length + 1)
     if way is None:
         way = "flex" if ids.is_cuda and (nuggets is None or nuggets.bias is None) else "chunked"
-    return _by_rows(model, nuggets, ids, layout) if way == "chunked" else _in_one_row(model, nuggets, ids, layout, way)
+    if way == "chunked":
+        return _by_rows(model, nuggets, ids, layout, role)
+    return _in_one_row(model, nuggets, ids, layout, way, role)
 
 
 # ---- one row: [heads | tokens] ----
 
 
-def _in_one_row(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layout, way: Way) -> Tensor:
+def _in_one_row(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layout, way: Way, role: Role) -> Tensor:
     device = ids.device
-    heads, head_keys = layout.heads(device, start=model.start_token is not None)
+    heads, head_keys = _head_places(model, layout, role)
     tokens, token_keys = layout.tokens(device)
     queries = Queries(*(torch.cat(fields) for fields in zip(heads, tokens, strict=True)))
     keys = joined([*_nugget_keys(nuggets, layout, device), head_keys, token_keys])
     embeds = torch.cat([_heads(model, layout).expand(len(ids), -1, -1), model.embed(ids)], dim=1)
     positions = torch.cat([heads.view * layout.chunk, tokens.order])
     cache = DynamicCache(config=model.lm.config) if nuggets is None else nuggets.to_cache(model.lm.config)
-    with model.parameters_by_role.role("decoder") as lm:
+    with model.parameters_by_role.role(role) as lm:
         if way == "dense":
-            mask = _additive(keys.seen_by(Queries(*(field[:, None] for field in queries))), nuggets, len(ids), embeds)
+            bias = None if nuggets is None else nuggets.bias
+            mask = _additive(keys.seen_by(Queries(*(field[:, None] for field in queries))), bias, len(ids), embeds)
             return _logits(lm, embeds, positions[None], cache, mask)[:, layout.views :]
         with _attending(lm, "flex_attention"):
             return _logits(lm, embeds, positions[None], cache, _block_mask(queries, keys))[:, layout.views :]
@@ -95,16 +107,17 @@ def _attending(lm: PreTrainedModel, name: str) -> Iterator[None]:
 # ---- a row for each chunk: [head | chunk] ----
 
 
-def _by_rows(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layout) -> Tensor:
+def _by_rows(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layout, role: Role) -> Tensor:
     batch, device = len(ids), ids.device
     rows = _Rows(layout)
-    head_keys = layout.heads(device, start=model.start_token is not None)[1]
+    head_keys = _head_places(model, layout, role)[1]
     token_keys = layout.tokens(device)[1]
     view = rows.views(device)  # (C,)
     own = rows.split(token_keys.order, 0)  # (C, chunk); the padding looks from before the first token
     queries = Queries(view[:, None, None], torch.cat([torch.zeros_like(view)[:, None], own], dim=1)[..., None])
-    parts = [Keys(*(field.expand(rows.count, -1) for field in part)) for part in _nugget_keys(nuggets, layout, device)]
-    padded = [(token_keys.first, NEVER), (token_keys.last, 0), (token_keys.order, 0)]
+    nugget_keys = _nugget_keys(nuggets, layout, device)
+    parts = [Keys(*(rows.nuggets(f, fill) for f, fill in zip(part, _NOBODY, strict=True))) for part in nugget_keys]
+    padded = list(zip(token_keys, _NOBODY, strict=True))
     parts.append(Keys(*(rows.before(rows.pad(field, fill), fill) for field, fill in padded)))
     parts.append(Keys(*(field[view][:, None] for field in head_keys)))
     parts.append(Keys(*(rows.split(field, fill) for field, fill in padded)))
@@ -119,8 +132,11 @@ def _by_rows(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layou
     )
     positions = torch.cat([(view * layout.chunk)[:, None], own], dim=1).repeat(batch, 1)
     cache = _RowCache(model.lm.config, nuggets, rows, batch)
-    with model.parameters_by_role.role("decoder") as lm:
-        additive = _additive(mask, nuggets, batch, embeds)
+    bias = None
+    if nuggets is not None and nuggets.bias is not None:
+        bias = rows.nuggets(nuggets.bias, 0).flatten(0, 1)
+    with model.parameters_by_role.role(role) as lm:
+        additive = _additive(mask, bias, batch, embeds)
         logits = _logits(lm, embeds.flatten(0, 1), positions, cache, additive)
     return logits[:, 1:].reshape(batch, rows.count * layout.chunk, -1)[:, rows.padding :]
 
@@ -150,6 +166,15 @@ class _Rows:
         """(..., C * chunk) -> (..., C, tau): the tokens before each row."""
         return F.pad(values, (self.tau, 0), value=fill).unfold(-1, self.tau, self.chunk)[..., : self.count, :]
 
+    def nuggets(self, values: Tensor, fill: int) -> Tensor:
+        """(..., nuggets) -> (..., C, those within a row's reach)."""
+        reach, segments = self.layout.reach, self.layout.segments
+        if reach is None or reach >= segments:
+            return values[..., None, :].expand(*values.shape[:-1], self.count, -1)
+        count = values.shape[-1] // segments
+        views = F.pad(values, (reach * count, 0), value=fill).unfold(-1, reach * count, count)
+        return views[..., self.views(values.device), :]
+
 
 class _RowCache(DynamicCache):
     """Gives every row its keys and values, [nuggets | tau tokens of the rows before | own], and keeps none."""
@@ -168,13 +193,13 @@ class _RowCache(DynamicCache):
         return self._gather([keys], key_states), self._gather([values], value_states)
 
     def _gather(self, memory: Sequence[Tensor], states: Tensor) -> Tensor:
-        """(B * C, heads, 1 + chunk, d) -> (B * C, heads, nuggets + tau + 1 + chunk, d)."""
+        """(B * C, heads, 1 + chunk, d) -> (B * C, heads, nuggets in reach + tau + 1 + chunk, d)."""
         rows = self._rows
         tokens = states[:, :, 1:].unflatten(0, (self._batch, rows.count))  # (B, C, heads, chunk, d)
         text = tokens.permute(0, 2, 4, 1, 3).flatten(-2)  # (B, heads, d, C * chunk)
-        before = rows.before(text, 0).permute(0, 3, 1, 4, 2).flatten(0, 1)  # (B * C, heads, tau, d)
-        shared = [part[:, None].expand(-1, rows.count, -1, -1, -1).flatten(0, 1).to(states.dtype) for part in memory]
-        return torch.cat([*shared, before, states], dim=2)
+        parts = [*(rows.nuggets(part.to(states.dtype).transpose(2, 3), 0) for part in memory), rows.before(text, 0)]
+        # (B, heads, d, C, keys) -> (B * C, heads, keys, d)
+        return torch.cat([*(part.permute(0, 3, 1, 4, 2).flatten(0, 1) for part in parts), states], dim=2)
 
 
 # ---- shared ----
@@ -187,20 +212,24 @@ def _heads(model: Network, layout: Layout) -> Tensor:
     return torch.cat([start, prompts], dim=1)
 
 
+def _head_places(model: Network, layout: Layout, role: Role) -> tuple[Queries, Keys]:
+    decodes = role == "decoder"
+    return layout.heads(model.device, start=decodes and model.start_token is not None, prompts=decodes)
+
+
 def _nugget_keys(nuggets: Nuggets | None, layout: Layout, device: torch.device) -> list[Keys]:
     return [] if nuggets is None else [layout.nuggets(nuggets.count // layout.segments, device)]
 
 
-def _additive(seen: Tensor, nuggets: Nuggets | None, batch: int, like: Tensor) -> Tensor:
-    """A float mask (B * rows, 1, q, k) from `seen` ([rows,] q, k), with the straight-through term of the nuggets."""
+def _additive(seen: Tensor, bias: Tensor | None, batch: int, like: Tensor) -> Tensor:
+    """A float mask (B * rows, 1, q, k) from `seen` ([rows,] q, k), plus `bias` (B * rows, nuggets)."""
     seen = seen.reshape(-1, *seen.shape[-2:])
     like = Network.mask_like(like)
     lowest = torch.finfo(like.dtype).min
     mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, lowest)
     mask = mask.repeat(batch, 1, 1)
-    if nuggets is not None and nuggets.bias is not None:
-        bias = nuggets.bias.to(like.dtype).repeat_interleave(len(seen), 0)
-        mask = mask + F.pad(bias, (0, seen.shape[-1] - nuggets.count))[:, None]
+    if bias is not None:
+        mask = mask + F.pad(bias.to(like.dtype), (0, seen.shape[-1] - bias.shape[-1]))[:, None]
     return mask[:, None]
 
 

@@ -34,18 +34,24 @@ class Stream:
 
     Attributes:
         tau: whole tokens that there are at least, once so many have been read.
-        chunk: tokens that are compressed at a time: `config.window`.
+        chunk: tokens that are compressed at a time.
     """
 
     def __init__(
-        self, model: Network, tau: int, ratio: float | None, max_nuggets: int | None, memory: Memory | None
+        self,
+        model: Network,
+        tau: int,
+        ratio: float | None,
+        max_nuggets: int | None,
+        chunk: int | None,
+        memory: Memory | None,
     ) -> None:
         """See `Nugget2D.stream`."""
-        self.tau, self.chunk = tau, model.config.window
+        self.tau, self.chunk = tau, model.config.window if chunk is None else chunk
         self._model, self._most = model, max_nuggets
         self._rule = model.config.threshold or DEFAULT_RATIO if ratio is None else ratio
-        self._farthest = _room(model) - tau  # where the border stops
-        _check(model, tau, ratio, max_nuggets)
+        _check(model, tau, ratio, max_nuggets, self.chunk)
+        self._farthest = _room(model, self.chunk) - tau  # where the border stops
         past = Past()
         if memory is not None:
             memory.require(model.fingerprint)
@@ -268,12 +274,12 @@ class Stream:
             yield text
 
 
-def _room(model: Network) -> int:
+def _room(model: Network, chunk: int) -> int:
     """Positions for tau and nuggets: one is the head's, and of a sliding window of W a cache keeps W - 1."""
-    return model.config.context - 2 - model.config.window
+    return model.config.context - 2 - chunk
 
 
-def _check(model: Network, tau: int, ratio: float | None, most: int | None) -> None:
+def _check(model: Network, tau: int, ratio: float | None, most: int | None, chunk: int) -> None:
     """Refuse what cannot be streamed."""
     if tau < 1:
         raise InputError(f"tau must be at least 1 token, got {tau}")
@@ -282,11 +288,13 @@ def _check(model: Network, tau: int, ratio: float | None, most: int | None) -> N
     if most is not None and most < 1:
         raise InputError(f"max_nuggets must be at least 1, got {most}; None sets no limit")
     config = model.config
-    largest = _room(model) - config.window  # at least one chunk of nuggets within reach
+    if not 1 <= chunk <= config.window:
+        raise InputError(f"chunk must be from 1 to the {config.window} tokens of {config.name!r}'s window, got {chunk}")
+    largest = _room(model, chunk) - chunk  # at least one chunk of nuggets within reach
     if tau > largest:
         raise InputError(
-            f"tau is {tau}, but {config.name!r} was trained on contexts of {config.context} tokens and chunks of "
-            f"{config.window}: it can be {largest} at most"
+            f"tau is {tau}, but {config.name!r} was trained on contexts of {config.context} tokens: with chunks of "
+            f"{chunk} it can be {largest} at most"
         )
     try:
         _ = model.rotation

@@ -1,0 +1,51 @@
+"""The base LM alone, over the last tokens."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nugget2d.losses import token_losses
+from nugget2d.network import Network
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Full:
+    """Computes the window anew for each `stride` tokens: states of tokens that have left it are in no way used.
+
+    Attributes:
+        model: its base reads.
+        window: tokens that the last of a stride sees, itself among them.
+        stride: tokens predicted at a time.
+    """
+
+    model: Network
+    window: int
+    stride: int
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, first: int) -> Tensor:
+        """See `Reader`; `first` must be at least window - stride + 1."""
+        count = -(-(len(ids) - first) // self.stride)
+        # one token more in front of each window than is read at its end: the last is only predicted
+        start = first + self.stride - 1 - self.window
+        rows = F.pad(ids, (0, self.stride))[start:].unfold(0, self.window + 1, self.stride)[:count]
+        losses = []
+        with self.model.parameters_by_role.role("base") as lm:
+            for batch in rows.split(max(1, BATCH_TOKENS // self.window)):
+                logits = lm(input_ids=batch[:, :-1], use_cache=False, logits_to_keep=self.stride).logits
+                losses.append(token_losses(logits, batch[:, -self.stride :]).flatten())
+        return torch.cat(losses)[: len(ids) - first]
+
+
+def equal_text(model: Network, text: int, chunk: int) -> Full:
+    """Over as many tokens as nuggets and whole tokens stand for, or a few more.
+
+    A stride of an eighth of the text: by the chunk, every token would be computed dozens of times. The first query of a
+    stride sees as much as one of the others at least, the last up to an eighth more.
+    """
+    stride = max(chunk, text // 8)
+    return Full(model, text + stride - chunk, stride)

@@ -1,0 +1,56 @@
+"""Nuggets of what is far, whole tokens nearby: what `Stream` computes token by token, all chunks at once.
+
+Pooled memories (the Compressive Transformer, arXiv 1911.05507, with its mean pooling) are read in the same way.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nugget2d.cache import LayerStates, Nuggets
+from nugget2d.config import SelectionName
+from nugget2d.evaluation.streaming.reader import Budget
+from nugget2d.losses import token_losses
+from nugget2d.network import Network
+from nugget2d.streaming.layout import Layout
+from nugget2d.streaming.parallel import mixed_logits
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """`Stream` with tau, chunk and max_nuggets of the budget.
+
+    Attributes:
+        model: encodes and decodes.
+        budget: what a query may see.
+        selection: how nuggets are chosen; None takes the model's own.
+    """
+
+    model: Network
+    budget: Budget
+    selection: SelectionName | None = None
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, first: int) -> Tensor:
+        """See `Reader`."""
+        budget = self.budget
+        reach = budget.nuggets // budget.each
+        layout = Layout.over(len(ids) - 1, tau=budget.tau, chunk=budget.chunk, reach=reach)
+        padded = torch.nn.functional.pad(ids[:-1], (0, layout.length - len(ids) + 1))[None]
+        logits = mixed_logits(self.model, self._nuggets(padded, layout), padded, layout)
+        return token_losses(logits[:, first - 1 : len(ids) - 1], ids[None, first:])[0]
+
+    def _nuggets(self, ids: Tensor, layout: Layout) -> Nuggets:
+        """(1, segments * each) nuggets of all segments, keys at their places in the text."""
+        rows = ids[0, : layout.segments * layout.chunk].view(-1, layout.chunk)
+        count, size = self.budget.each, len(rows)
+        nuggets = self.model.encode(rows, [layout.chunk] * size, [count] * size, selection=self.selection).nuggets
+        shift = torch.arange(size, device=ids.device)[:, None].expand(-1, count) * layout.chunk
+        keys = self.model.rotation(nuggets.keys, shift)
+        return Nuggets(_in_a_row(keys), _in_a_row(nuggets.values))
+
+
+def _in_a_row(layers: LayerStates) -> list[Tensor]:
+    """(segments, heads, each, d) -> (1, heads, segments * each, d)."""
+    return [states.transpose(0, 1).flatten(1, 2)[None] for states in layers]

@@ -1,0 +1,52 @@
+"""StreamingLLM (arXiv 2309.17453): the first tokens of the text as attention sinks, and the last ones.
+
+Positions are counted within the cache, as published: the sinks stand right before the whole tokens, however far away
+they were read. Attention by rotary keys knows distances alone, so it is the sinks that are moved here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from nugget2d.cache import Nuggets, cached_states
+from nugget2d.losses import token_losses
+from nugget2d.network import Network
+from nugget2d.streaming.layout import Layout
+from nugget2d.streaming.parallel import mixed_logits
+
+SINKS = 4
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """The base LM with `SINKS` sinks and whole tokens; states are computed once, when a token is read.
+
+    Attributes:
+        model: its base reads.
+        states: sinks and whole tokens that the last query of a chunk sees.
+        chunk: tokens between two slides.
+    """
+
+    model: Network
+    states: int
+    chunk: int
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, first: int) -> Tensor:
+        """See `Reader`."""
+        layout = Layout.over(len(ids) - 1, tau=self.states - SINKS - self.chunk, chunk=self.chunk, reach=1)
+        padded = torch.nn.functional.pad(ids[:-1], (0, layout.length - len(ids) + 1))[None]
+        logits = mixed_logits(self.model, self._sinks(ids, layout), padded, layout, role="base")
+        return token_losses(logits[:, first - 1 : len(ids) - 1], ids[None, first:])[0]
+
+    def _sinks(self, ids: Tensor, layout: Layout) -> Nuggets:
+        """The sinks once for each view after the first, as if they were the only nuggets within its reach."""
+        cache = DynamicCache(config=self.model.lm.config)
+        with self.model.parameters_by_role.role("base") as lm:
+            lm(input_ids=ids[None, :SINKS], past_key_values=cache, use_cache=True)
+        keys, values = ([layer.repeat(1, 1, layout.segments, 1) for layer in states] for states in cached_states(cache))
+        # whole tokens of view v begin at v * chunk + 1, see `Layout.tokens`; sink i was read at i
+        view = torch.arange(1, layout.views, device=ids.device).repeat_interleave(SINKS)
+        return Nuggets(self.model.rotation(keys, (view * layout.chunk + 1 - SINKS)[None]), values)
