@@ -14,13 +14,14 @@ from nugget2d.cache import Nuggets
 from nugget2d.errors import InputError
 from nugget2d.losses import token_losses
 from nugget2d.parameters import Role
+from nugget2d.reading import join_rows
 from nugget2d.segmentation import tokenize
 from nugget2d.selection import count_nuggets
 from nugget2d.streaming.feed import LONGEST, TextFeed
 from nugget2d.streaming.layout import Layout
 from nugget2d.streaming.parallel import Way, mixed_logits
 from nugget2d.streaming.thinning import allot, thin
-from nugget2d.training.objectives import join_rows, stream_loss
+from nugget2d.training.objectives import stream_loss
 
 # ---- text in pieces ----
 
@@ -205,15 +206,15 @@ def test_gradients_are_those_of_the_dense_mask(layout: Layout) -> None:
 
 
 def test_the_objective_is_the_loss_of_a_stream(llama: Nugget2D) -> None:
-    segments, tau = 3, 20
-    ids = tiny.random_ids(2, tau + (segments + 1) * tiny.WINDOW)
+    layout = Layout(tau=20, chunk=tiny.WINDOW, views=4)
+    ids = tiny.random_ids(2, layout.length)
     count = count_nuggets([tiny.WINDOW], 4)[0]
     with torch.no_grad():
-        loss = stream_loss(llama, ids, segments, tiny.WINDOW, [count, count], llama.config.selection, torch.Generator())
+        loss = stream_loss(llama, ids, layout, count, llama.config.selection, torch.Generator())
     expected = []
     for row in ids:
-        stream = llama.stream(tau, 4)
-        expected.append(stream.append_scored(row)[tau + tiny.WINDOW + 1 :])
+        stream = llama.stream(layout.tau, 4)
+        expected.append(stream.append_scored(row)[layout.tau + layout.chunk + 1 :])
     assert float(loss) == pytest.approx(float(torch.cat(expected).mean()), abs=1e-4)
 
 

@@ -84,6 +84,22 @@ def placed_nuggets(model: Network, memory: Memory, kept: slice, positions: Tenso
     )
 
 
+def join_rows(model: Network, nuggets: Nuggets, batch: int, segments: int, length: int) -> Nuggets:
+    """Rows (batch * segments) of equal length as (batch) memories of consecutive segments, keys rotated into place."""
+    if segments == 1:
+        return nuggets
+
+    def merge(states: Tensor) -> Tensor:
+        _, heads, count, width = states.shape
+        rows = states.view(batch, segments, heads, count, width).transpose(1, 2)
+        return rows.reshape(batch, heads, segments * count, width)
+
+    shift = torch.arange(segments, device=nuggets.keys[0].device).repeat(batch) * length
+    keys = model.rotation(nuggets.keys, shift[:, None].expand(-1, nuggets.count))
+    valid, bias = (None if one is None else one.reshape(batch, -1) for one in (nuggets.valid, nuggets.bias))
+    return Nuggets([merge(k) for k in keys], [merge(v) for v in nuggets.values], valid, bias)
+
+
 def _first_within(memory: Memory, limit: int) -> int:
     """The first of the last segments that together stand for at most `limit` tokens; at least one is taken."""
     tokens = 0

@@ -12,6 +12,7 @@ from nugget2d.cache import Nuggets
 from nugget2d.config import SelectionName
 from nugget2d.losses import token_losses
 from nugget2d.network import Encoded, Network
+from nugget2d.reading import join_rows
 from nugget2d.streaming.layout import Layout
 from nugget2d.streaming.parallel import mixed_logits
 
@@ -112,19 +113,3 @@ def _memories(
 def lm_loss(model: Network, ids: Tensor) -> Tensor:
     """Plain language modelling by the base."""
     return token_losses(model.decode(None, ids[:, :-1], prompt=None), ids[:, 1:]).mean()
-
-
-def join_rows(model: Network, nuggets: Nuggets, batch: int, segments: int, length: int) -> Nuggets:
-    """Rows (batch * segments) of equal length as (batch) memories of consecutive segments, keys rotated into place."""
-    if segments == 1:
-        return nuggets
-
-    def merge(states: Tensor) -> Tensor:
-        _, heads, count, width = states.shape
-        rows = states.view(batch, segments, heads, count, width).transpose(1, 2)
-        return rows.reshape(batch, heads, segments * count, width)
-
-    shift = torch.arange(segments, device=nuggets.keys[0].device).repeat(batch) * length
-    keys = model.rotation(nuggets.keys, shift[:, None].expand(-1, nuggets.count))
-    valid, bias = (None if one is None else one.reshape(batch, -1) for one in (nuggets.valid, nuggets.bias))
-    return Nuggets([merge(k) for k in keys], [merge(v) for v in nuggets.values], valid, bias)

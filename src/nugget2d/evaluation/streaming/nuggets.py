@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nugget2d.cache import LayerStates, Nuggets
+from nugget2d.cache import Nuggets
 from nugget2d.config import SelectionName
 from nugget2d.evaluation.streaming.reader import Budget
 from nugget2d.losses import token_losses
 from nugget2d.network import Network
+from nugget2d.reading import join_rows
 from nugget2d.streaming.layout import Layout
 from nugget2d.streaming.parallel import mixed_logits
 
@@ -45,12 +46,5 @@ class Compressed:
         """(1, segments * each) nuggets of all segments, keys at their places in the text."""
         rows = ids[0, : layout.segments * layout.chunk].view(-1, layout.chunk)
         count, size = self.budget.each, len(rows)
-        nuggets = self.model.encode(rows, [layout.chunk] * size, [count] * size, selection=self.selection).nuggets
-        shift = torch.arange(size, device=ids.device)[:, None].expand(-1, count) * layout.chunk
-        keys = self.model.rotation(nuggets.keys, shift)
-        return Nuggets(_in_a_row(keys), _in_a_row(nuggets.values))
-
-
-def _in_a_row(layers: LayerStates) -> list[Tensor]:
-    """(segments, heads, each, d) -> (1, heads, segments * each, d)."""
-    return [states.transpose(0, 1).flatten(1, 2)[None] for states in layers]
+        encoded = self.model.encode(rows, [layout.chunk] * size, [count] * size, selection=self.selection)
+        return join_rows(self.model, encoded.nuggets, 1, size, layout.chunk)
