@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from nugget2d.cli.options import DEFAULT_MODEL, ModelName, SelectionOption
+from nugget2d.cli.options import DEFAULT_MODEL, Force, ModelName, SelectionOption
 from nugget2d.cli.shared import bundled_text, load_model, progress, safe_to_interrupt, say
 from nugget2d.errors import InputError
 from nugget2d.files import atomic_write
@@ -18,11 +18,6 @@ WINDOWS = 100
 Number = TypeVar("Number", int, float)
 
 bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure a model on held-out text.")
-
-
-@bench.callback()
-def _group() -> None:
-    """Keep `distortion` a command of its own: a Typer app of a single command would take its place."""
 
 
 @bench.command()
@@ -73,6 +68,55 @@ def distortion(
         file.write(markdown(report).encode())
     plots = plot_distortion(report, out)
     say("wrote", f"{out}: distortion.json, distortion.md, {', '.join(path.name for path in plots)}")
+
+
+@bench.command()
+def breakeven(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for figures, table and plot.")],
+    model: ModelName = DEFAULT_MODEL,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", help="A .txt, .jsonl or .jsonl.xz to take contexts from.", show_default="a bundled article"
+        ),
+    ] = None,
+    lengths: Annotated[str, typer.Option("--lengths", help="Tokens of a context.")] = "1024,4096,16384",
+    ratio: Annotated[float, typer.Option("--ratio", min=1, help="Tokens for each nugget.")] = 20,
+    question: Annotated[int, typer.Option("--question", min=1, help="Tokens of a question.")] = 32,
+    answer: Annotated[int, typer.Option("--answer", min=1, help="Tokens of an answer.")] = 64,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Rounds of measuring.")] = 5,
+    force: Force = False,
+) -> None:
+    """Measure what compressing a context costs and saves, and after how many questions it has paid.
+
+    Against sending the text again with every question, and against keeping its KV cache.
+    """
+    wanted = _numbers(lengths, "--lengths", int)
+    _require_packages()
+    compressor = load_model(model)
+    with safe_to_interrupt():
+        from nugget2d.evaluation.breakeven import Settings, run_breakeven
+        from nugget2d.evaluation.breakeven_plot import plot_breakeven
+        from nugget2d.evaluation.breakeven_tables import markdown, print_tables
+    texts, digest = _documents(data)
+    settings = Settings(
+        config=compressor.config,
+        weights=compressor.fingerprint.model,
+        data=data.name if data else "the bundled article",
+        data_sha256=digest,
+        lengths=tuple(wanted),
+        ratio=ratio,
+        question=question,
+        answer=answer,
+        runs=runs,
+    )
+    with progress("measuring", unit="context tokens") as on_progress:
+        report = run_breakeven(compressor, texts, settings, out, force=force, on_progress=on_progress)
+    print_tables(report)
+    with atomic_write(out / "breakeven.md") as file:
+        file.write(markdown(report).encode())
+    plot_breakeven(report, out / "breakeven.png")
+    say("wrote", f"{out}: breakeven.json, breakeven.md, breakeven.png")
 
 
 def _numbers(values: str, option: str, kind: type[Number]) -> list[Number]:

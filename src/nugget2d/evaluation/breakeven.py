@@ -1,0 +1,288 @@
+"""After how many questions about one context compressing it has paid.
+
+Three ways to answer questions about a context, and what each costs ONCE and with EACH question:
+
+- text: nothing once; each question reads context and question again.
+- cache: the context is read once and its KV cache stays where the model is; each question reads on from it.
+- memory: the context is compressed and written to a file once; each question loads the file, rotates the keys to where
+  the context's segments stand, reads the question.
+
+Every way then writes the same number of tokens (answering.py). Loading the model is not counted; tokenizing the context
+is, every time a way does it. The file is read soon after it was written, so mostly from the system's page cache. In
+every round each cost is measured once, all of them in turns, so that other work on the machine hits all alike.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from nugget2d.cache import cached_states
+from nugget2d.config import Frozen, NuggetConfig
+from nugget2d.errors import InputError, OutputError
+from nugget2d.evaluation.answering import answer_from_cache, answer_from_memory, answer_from_text, keep_cache
+from nugget2d.evaluation.report import environment, write_report
+from nugget2d.files import check_writable
+from nugget2d.model import Nugget2D
+from nugget2d.segmentation import detokenize, tokenize
+
+REPORT_FILE = "breakeven.json"
+
+Clock = Callable[[], float]
+Result = TypeVar("Result")
+
+
+class Settings(Frozen):
+    """What was asked.
+
+    Attributes:
+        config: the model's own.
+        weights: fingerprint of its weights.
+        data: name of the text.
+        data_sha256: of the file's bytes.
+        lengths: tokens of a context.
+        ratio: tokens for each nugget.
+        question: tokens of a question.
+        answer: tokens of an answer.
+        runs: how often each cost is measured, after one time that is not counted.
+    """
+
+    config: NuggetConfig
+    weights: str
+    data: str
+    data_sha256: str
+    lengths: tuple[int, ...]
+    ratio: float
+    question: int
+    answer: int
+    runs: int
+
+
+class Cost(NamedTuple):
+    """Seconds of one way: before any question, and with each."""
+
+    once: float
+    each: float
+
+
+class Payoff(NamedTuple):
+    """The questions after which the memory has cost no more than another way: the first and the last such number.
+
+    Both are None if there is no such question; `last` alone is, if there is no end to them.
+    """
+
+    first: int | None
+    last: int | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Seconds of one question, until its answer's first token and until its last."""
+
+    first: float
+    whole: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds of everything, each once: what is done once, then one question in each way."""
+
+    compress: float
+    save: float
+    prefill: float
+    text: Asked
+    cache: Asked
+    memory: Asked
+
+    @property
+    def costs(self) -> dict[str, Cost]:
+        """Of each way."""
+        return {
+            "text": Cost(0.0, self.text.whole),
+            "cache": Cost(self.prefill, self.cache.whole),
+            "memory": Cost(self.compress + self.save, self.memory.whole),
+        }
+
+
+def payoff(memory: Cost, other: Cost) -> Payoff:
+    """When the total of `memory` is at most that of `other`."""
+    ahead, saved = other.once - memory.once, other.each - memory.each
+    if saved > 0:
+        return Payoff(max(1, math.ceil(-ahead / saved)), None)
+    if ahead + saved < 0:
+        return Payoff(None, None)
+    return Payoff(1, math.floor(ahead / -saved) if saved else None)
+
+
+def run_breakeven(
+    model: Nugget2D,
+    texts: Sequence[str],
+    settings: Settings,
+    folder: Path,
+    *,
+    force: bool = False,
+    clock: Clock | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Measure contexts of every length into a file of `folder`.
+
+    Args:
+        model: the compressor.
+        texts: what contexts are made of, joined, and repeated where they are too short: seconds do not depend on it.
+        settings: what to measure.
+        folder: is made if it is missing; memories are written to and read from its disk, and removed.
+        force: replace a report that is there.
+        clock: seconds; None takes the time when the model's device has done its work.
+        on_progress: called with (context tokens measured, in all), over all rounds.
+
+    Returns:
+        What the file holds: environment, settings, and one entry of `contexts` for each length: tokens, nuggets,
+        whether it is longer than the model goes on from (`beyond_context`), bytes held, and what `summarize` says.
+
+    Raises:
+        InputError: there is no text, or the model does not have so many positions.
+        ModelError: the model reads memories of one segment only, and a context is longer.
+        OutputError: the folder cannot be written to, or has a report.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make folder {folder}: {error.strerror or error}") from error
+    check_writable(folder / REPORT_FILE, force=force)
+    longest = max(settings.lengths)
+    # the start token or the soft prompt stands there too; refused here, not after minutes of measuring
+    end = longest + 1 + settings.question + settings.answer
+    model.require_positions(end, slots=end)
+    if longest > model.config.window:
+        _ = model.rotation  # raises where keys cannot be moved
+    ids = _tokens(model, texts, max(longest, settings.question))
+    question = torch.tensor([ids[: settings.question]], device=model.device)
+    clock = clock or device_clock(model.device)
+    total = sum(settings.lengths) * (settings.runs + 1)
+    done = 0
+    contexts = []
+    with TemporaryDirectory(dir=folder) as scratch:
+        file = Path(scratch) / "context.nugget"
+        for length in settings.lengths:
+            context = detokenize(model.tokenizer, ids[:length])
+            rounds = []
+            for _ in range(settings.runs + 1):
+                one, held = measure_round(model, context, question, settings, file, clock)
+                rounds.append(one)
+                done += length
+                if on_progress is not None:
+                    on_progress(done, total)
+            contexts.append(held | summarize(rounds[1:]))
+    report = {"environment": environment(), "settings": settings.model_dump(mode="json"), "contexts": contexts}
+    write_report(folder / REPORT_FILE, report)
+    return report
+
+
+def measure_round(
+    model: Nugget2D, context: str, question: Tensor, settings: Settings, file: Path, clock: Clock
+) -> tuple[Round, dict[str, Any]]:
+    """Everything once, and what is held meanwhile (tokens, nuggets, bytes); the memory is left in `file`."""
+    length = settings.answer
+    memory, compress = _timed(clock, model.compress, context, ratio=settings.ratio)
+    file_bytes, save = _timed(clock, memory.save, file)
+    cache, prefill = _timed(clock, keep_cache, model, context, room=settings.question + length)
+    keys, values = cached_states(cache)
+    tokens = memory.num_tokens
+    held = {
+        "tokens": tokens,
+        "nuggets": memory.num_nuggets,
+        "beyond_context": tokens > model.config.context,
+        "bytes": {
+            "text": len(context.encode()),
+            "cache": sum(states.nbytes for states in (*keys, *values)),
+            "memory": file_bytes,
+        },
+    }
+    return Round(
+        compress=compress,
+        save=save,
+        prefill=prefill,
+        text=_asked(clock, answer_from_text(model, context, question, length)),
+        cache=_asked(clock, answer_from_cache(model, cache, question, length)),
+        memory=_asked(clock, answer_from_memory(model, file, question, length)),
+    ), held
+
+
+def summarize(rounds: Sequence[Round]) -> dict[str, Any]:
+    """Medians with the lowest and highest of all rounds, and what follows from them.
+
+    Returns:
+        seconds: of compress, save and prefill, and of each way's question until its first token and in all.
+        saved_per_question: seconds, against text and cache, by the medians; below 0 where the memory takes longer.
+        pays: against text and cache, the `Payoff` of the medians, and that of each round by itself.
+        rounds: the seconds of each, as measured.
+    """
+    costs = [one.costs for one in rounds]
+    ways = {
+        way: Cost(*(median(amounts) for amounts in zip(*(cost[way] for cost in costs), strict=True)))
+        for way in costs[0]
+    }
+    others = ("text", "cache")
+    return {
+        "seconds": {
+            "compress": _spread(one.compress for one in rounds),
+            "save": _spread(one.save for one in rounds),
+            "once": {way: _spread(cost[way].once for cost in costs) for way in ways},
+            "first_token": {way: _spread(getattr(one, way).first for one in rounds) for way in ways},
+            "question": {way: _spread(cost[way].each for cost in costs) for way in ways},
+        },
+        "saved_per_question": {way: ways[way].each - ways["memory"].each for way in others},
+        "pays": {way: payoff(ways["memory"], ways[way])._asdict() for way in others},
+        "pays_in_rounds": {way: [payoff(cost["memory"], cost[way])._asdict() for cost in costs] for way in others},
+        "rounds": [asdict(one) for one in rounds],
+    }
+
+
+def device_clock(device: torch.device) -> Clock:
+    """Seconds, read when all work given to `device` so far is done."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def synchronized() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return synchronized
+
+
+def _timed(clock: Clock, call: Callable[..., Result], *arguments: Any, **options: Any) -> tuple[Result, float]:
+    start = clock()
+    result = call(*arguments, **options)
+    return result, clock() - start
+
+
+def _asked(clock: Clock, answer: Iterator[Tensor]) -> Asked:
+    start = clock()
+    next(answer)
+    first = clock()
+    for _ in answer:
+        pass
+    return Asked(first - start, clock() - start)
+
+
+def _spread(seconds: Iterable[float]) -> dict[str, float]:
+    values = list(seconds)
+    return {"median": median(values), "low": min(values), "high": max(values)}
+
+
+def _tokens(model: Nugget2D, texts: Sequence[str], count: int) -> list[int]:
+    """The first `count` tokens of the texts one after the other, again and again."""
+    ids: list[int] = []
+    for text in cycle(texts):
+        ids += tokenize(model.tokenizer, text + "\n")[0]
+        if len(ids) >= count:
+            return ids[:count]
+    raise InputError("there is no text to measure on; give a file that has some")
