@@ -1,4 +1,4 @@
-"""The break-even benchmark: its ways answer what `generate` does, its arithmetic by hand, its command on a tiny model."""
+"""The break-even benchmark: ways that answer what `generate` does, arithmetic by hand, the command."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import tiny
 from cli_fixtures import save_tiny_model
 from nugget2d import Memory, Nugget2D
 from nugget2d.cli.app import app
-from nugget2d.errors import InputError, ModelError, OutputError
+from nugget2d.errors import InputError, ModelError
 from nugget2d.evaluation import breakeven
 from nugget2d.evaluation.answering import answer_from_cache, answer_from_memory, answer_from_text, keep_cache
 from nugget2d.evaluation.breakeven import Asked, Cost, Payoff, Round, Settings, payoff, run_breakeven, summarize
@@ -145,3 +145,83 @@ def test_every_second_is_booked_where_it_was_spent(
         assert summarize([one, one]).items() <= context.items()
         # 110 + 5 x 9 > 5 x 36 > 110 + 4 x 9, and 50 + 4 x 24 = 110 + 4 x 9
         assert context["pays"] == {"text": {"first": 5, "last": None}, "cache": {"first": 4, "last": None}}
+
+
+# ---- command line ----
+
+
+def bench(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, ["bench", "breakeven", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_the_command(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", context=64)
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("A short one.", tiny.TEXT[:200])))
+    out = tmp_path / "new" / "figures"
+    options = ["--model", model, "--data", data, "--ratio", 4, "--question", 5, "--answer", 3, "--runs", 2]
+    result = bench(*options, "--lengths", "40,400", "-o", out)
+
+    report = json.loads((out / "breakeven.json").read_text())
+    assert report["environment"]["versions"]["torch"] and report["settings"]["data"] == "texts.jsonl"
+    short, long = report["contexts"]
+    # segments are tokenized by themselves: a cut may add a token or two
+    assert 40 <= short["tokens"] <= 42 and not short["beyond_context"]
+    assert 400 <= long["tokens"] <= 410 and long["beyond_context"]
+    assert len(long["rounds"]) == 2 and long["nuggets"] == pytest.approx(100, abs=3)
+    # the start token's states are kept too: 3 layers, 2 heads of 8 numbers, keys and values
+    assert short["bytes"]["cache"] == 41 * 3 * 2 * 8 * 2 * 4
+    assert long["bytes"]["memory"] < long["bytes"]["cache"] / 2
+    assert 0 < long["seconds"]["first_token"]["memory"]["low"] < long["seconds"]["question"]["memory"]["low"]
+
+    page = (out / "breakeven.md").read_text()
+    assert "| memory |" in page and f"| {long['tokens']}* |" in page and "64 tokens that this model goes on" in page
+    assert "text sent again" in result.stdout and "pays from" in result.stdout
+    assert (out / "breakeven.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in out.iterdir()) == ["breakeven.json", "breakeven.md", "breakeven.png"]
+
+    for wrong, saying in (
+        (["--lengths", "40"], "exists; pass --force"),
+        (["--lengths", "a few"], "--lengths takes numbers"),
+        (["--data", tmp_path / "missing.txt"], "matches no file"),
+    ):
+        error = bench(*options, *wrong, "-o", out, code=1).stderr
+        assert error.startswith("error: ") and saying in error and error.count("\n") == 1
+    assert json.loads((out / "breakeven.json").read_text()) == report
+    bench(*options, "--lengths", "40", "-o", out, "--force")
+    assert len(json.loads((out / "breakeven.json").read_text())["contexts"]) == 1
+
+
+def test_what_cannot_be_measured_is_refused_before_measuring(llama: Nugget2D, tmp_path: Path) -> None:
+    learned = tiny.make("gpt2")
+    for model, texts, changes, error in (
+        (llama, [], {}, InputError("there is no text")),
+        (learned, [tiny.TEXT], {"lengths": (40, 1020)}, InputError("1029 positions are needed")),
+        (learned, [tiny.TEXT], {"lengths": (40, 300)}, ModelError("memories of one segment only")),
+        (tiny.make("mistral-window"), [tiny.TEXT], {"lengths": (40, 510)}, InputError("519 positions are needed")),
+    ):
+        with pytest.raises(type(error), match=str(error)):
+            run_breakeven(model, texts, settings(model, **changes), tmp_path, clock=None, on_progress=forbidden)
+    assert list(tmp_path.iterdir()) == []
+
+
+def forbidden(*_: object) -> None:
+    raise AssertionError("something was measured")
+
+
+def test_verdicts_are_told_in_words(llama: Nugget2D) -> None:
+    rounds = [
+        round_of(4, 1, 3, (2, 4), (1, 2), (0.5, 1)),
+        round_of(7, 1, 4, (3, 5), (1, 3), (0.5, 2)),
+        round_of(5, 4, 20, (2, 3), (1, 2.5), (1.5, 3)),
+    ]
+    held = {"tokens": 40, "nuggets": 10, "beyond_context": False, "bytes": {"text": 1, "cache": 2000, "memory": 30}}
+    contexts = [held | summarize(chosen) for chosen in (rounds, rounds[2:])]
+    environment = {"hardware": "abacus", "threads": 1, "versions": {"torch": "2"}, "commit": None}
+    page = markdown({"environment": environment, "settings": settings(llama).model_dump(), "contexts": contexts})
+    first, second = page.split("| 40 | 10 | memory |")[:2]
+    assert "| 2.0000 | 4 (2 .. never) |" in first and "| 0.5000 | 8 (1 to 22 .. 4) |" in first
+    assert "| 0.0000 | never |" in second and "| -0.5000 | 1 to 22 |" in second
+    assert "2,000" in first and "this model goes on from" not in page

@@ -1,7 +1,7 @@
 """Three ways to answer a question about a context, greedily: from its text, from its kept KV cache, from its memory.
 
-Each yields the answer's (1, 1) token ids one by one and does nothing before the first is asked for: whoever asks can put
-a clock on the first token and on the rest. All run the same loop to the same length; an end of text does not end it.
+Each yields the answer's (1, 1) token ids one by one and does nothing before the first is asked for: whoever asks can
+put a clock on the first token and on the rest. All run the same loop to the same length; end of text does not stop it.
 Their caches have room for all that comes: transformers' own copy all keys and values at every token, which takes about
 as long as attention does, and would lend the memory a merit that is only its copies' being short.
 """

@@ -40,8 +40,24 @@ Clock = Callable[[], float]
 Result = TypeVar("Result")
 
 
-class Settings(Frozen):
-    """What was asked.
+class Plan(Frozen):
+    """What is measured of each context.
+
+    Attributes:
+        ratio: tokens for each nugget.
+        question: tokens of a question.
+        answer: tokens of an answer.
+        runs: how often everything is measured, after one time that is not counted.
+    """
+
+    ratio: float
+    question: int
+    answer: int
+    runs: int
+
+
+class Settings(Plan):
+    """What a report rests on.
 
     Attributes:
         config: the model's own.
@@ -49,10 +65,6 @@ class Settings(Frozen):
         data: name of the text.
         data_sha256: of the file's bytes.
         lengths: tokens of a context.
-        ratio: tokens for each nugget.
-        question: tokens of a question.
-        answer: tokens of an answer.
-        runs: how often each cost is measured, after one time that is not counted.
     """
 
     config: NuggetConfig
@@ -60,10 +72,6 @@ class Settings(Frozen):
     data: str
     data_sha256: str
     lengths: tuple[int, ...]
-    ratio: float
-    question: int
-    answer: int
-    runs: int
 
 
 class Cost(NamedTuple):
@@ -166,40 +174,59 @@ def run_breakeven(
     ids = _tokens(model, texts, max(longest, settings.question))
     question = torch.tensor([ids[: settings.question]], device=model.device)
     clock = clock or device_clock(model.device)
-    total = sum(settings.lengths) * (settings.runs + 1)
-    done = 0
+    rounds = settings.runs + 1
     contexts = []
     with TemporaryDirectory(dir=folder) as scratch:
-        file = Path(scratch) / "context.nugget"
-        for length in settings.lengths:
+        for number, length in enumerate(settings.lengths):
             context = detokenize(model.tokenizer, ids[:length])
-            rounds = []
-            for _ in range(settings.runs + 1):
-                one, held = measure_round(model, context, question, settings, file, clock)
-                rounds.append(one)
-                done += length
+            before = rounds * sum(settings.lengths[:number])
+
+            def on_round(measured: int, before: int = before, length: int = length) -> None:
                 if on_progress is not None:
-                    on_progress(done, total)
-            contexts.append(held | summarize(rounds[1:]))
+                    on_progress(before + measured * length, rounds * sum(settings.lengths))
+
+            file = Path(scratch) / "context.nugget"
+            contexts.append(measure_context(model, context, question, settings, file, clock, on_round))
     report = {"environment": environment(), "settings": settings.model_dump(mode="json"), "contexts": contexts}
     write_report(folder / REPORT_FILE, report)
     return report
 
 
-def measure_round(
-    model: Nugget2D, context: str, question: Tensor, settings: Settings, file: Path, clock: Clock
+def measure_context(
+    model: Nugget2D,
+    context: str,
+    question: Tensor,
+    plan: Plan,
+    file: Path,
+    clock: Clock,
+    on_round: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """One entry of a report's `contexts` (see `run_breakeven`), for the (1, q) ids of `question`.
+
+    The memory is written to `file`. `on_round` is called with the rounds done, the one that is not counted included.
+    """
+    rounds = []
+    for measured in range(1, plan.runs + 2):
+        one, held = _measure_round(model, context, question, plan, file, clock)
+        rounds.append(one)
+        if on_round is not None:
+            on_round(measured)
+    return held | summarize(rounds[1:])
+
+
+def _measure_round(
+    model: Nugget2D, context: str, question: Tensor, plan: Plan, file: Path, clock: Clock
 ) -> tuple[Round, dict[str, Any]]:
-    """Everything once, and what is held meanwhile (tokens, nuggets, bytes); the memory is left in `file`."""
-    length = settings.answer
-    memory, compress = _timed(clock, model.compress, context, ratio=settings.ratio)
+    """Everything once, and what is held meanwhile; a function of its own, so that one cache is held at a time."""
+    room = question.shape[1] + plan.answer
+    memory, compress = _timed(clock, model.compress, context, ratio=plan.ratio)
     file_bytes, save = _timed(clock, memory.save, file)
-    cache, prefill = _timed(clock, keep_cache, model, context, room=settings.question + length)
+    cache, prefill = _timed(clock, keep_cache, model, context, room)
     keys, values = cached_states(cache)
-    tokens = memory.num_tokens
     held = {
-        "tokens": tokens,
+        "tokens": memory.num_tokens,
         "nuggets": memory.num_nuggets,
-        "beyond_context": tokens > model.config.context,
+        "beyond_context": memory.num_tokens > model.config.context,
         "bytes": {
             "text": len(context.encode()),
             "cache": sum(states.nbytes for states in (*keys, *values)),
@@ -210,9 +237,9 @@ def measure_round(
         compress=compress,
         save=save,
         prefill=prefill,
-        text=_asked(clock, answer_from_text(model, context, question, length)),
-        cache=_asked(clock, answer_from_cache(model, cache, question, length)),
-        memory=_asked(clock, answer_from_memory(model, file, question, length)),
+        text=_asked(clock, answer_from_text(model, context, question, plan.answer)),
+        cache=_asked(clock, answer_from_cache(model, cache, question, plan.answer)),
+        memory=_asked(clock, answer_from_memory(model, file, question, plan.answer)),
     ), held
 
 
