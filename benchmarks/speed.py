@@ -37,7 +37,7 @@ def main() -> None:
     model = Nugget2D.from_pretrained(options.model, device="cuda" if torch.cuda.is_available() else "cpu")
     text = "\n".join(documents(Source(path=options.data.name, max_chars=200_000), options.data.parent))
     ids = model.ids(text)[0]
-    plan = Plan(ratio=options.ratio, question=1, answer=options.new_tokens, runs=options.repeats)
+    plan = Plan(ratio=options.ratio, answer=options.new_tokens, runs=options.repeats)
     results = []
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / "context.nugget"

@@ -16,7 +16,8 @@ from nugget2d.cli.app import app
 from nugget2d.errors import InputError, ModelError
 from nugget2d.evaluation import breakeven
 from nugget2d.evaluation.answering import answer_from_cache, answer_from_memory, answer_from_text, keep_cache
-from nugget2d.evaluation.breakeven import Asked, Cost, Payoff, Round, Settings, payoff, run_breakeven, summarize
+from nugget2d.evaluation.breakeven import Asked, Cost, Payoff, Round, payoff, summarize
+from nugget2d.evaluation.breakeven_run import Settings, run_breakeven
 from nugget2d.evaluation.breakeven_tables import markdown
 
 CONTEXT, QUESTION, LENGTH = tiny.TEXT[:250], " What did the keeper count?", 6
@@ -197,7 +198,7 @@ def test_the_command(tmp_path: Path) -> None:
 def test_what_cannot_be_measured_is_refused_before_measuring(llama: Nugget2D, tmp_path: Path) -> None:
     learned = tiny.make("gpt2")
     for model, texts, changes, error in (
-        (llama, [], {}, InputError("there is no text")),
+        (llama, ["", " \n"], {}, InputError("there is no text")),
         (learned, [tiny.TEXT], {"lengths": (40, 1020)}, InputError("1029 positions are needed")),
         (learned, [tiny.TEXT], {"lengths": (40, 300)}, ModelError("memories of one segment only")),
         (tiny.make("mistral-window"), [tiny.TEXT], {"lengths": (40, 510)}, InputError("519 positions are needed")),

@@ -95,8 +95,8 @@ def breakeven(
     _require_packages()
     compressor = load_model(model)
     with safe_to_interrupt():
-        from nugget2d.evaluation.breakeven import Settings, run_breakeven
         from nugget2d.evaluation.breakeven_plot import plot_breakeven
+        from nugget2d.evaluation.breakeven_run import Settings, run_breakeven
         from nugget2d.evaluation.breakeven_tables import markdown, print_tables
     texts, digest = _documents(data)
     settings = Settings(

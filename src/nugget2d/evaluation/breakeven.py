@@ -16,25 +16,17 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import cycle
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from nugget2d.cache import cached_states
-from nugget2d.config import Frozen, NuggetConfig
-from nugget2d.errors import InputError, OutputError
+from nugget2d.config import Frozen
 from nugget2d.evaluation.answering import answer_from_cache, answer_from_memory, answer_from_text, keep_cache
-from nugget2d.evaluation.report import environment, write_report
-from nugget2d.files import check_writable
 from nugget2d.model import Nugget2D
-from nugget2d.segmentation import detokenize, tokenize
-
-REPORT_FILE = "breakeven.json"
 
 Clock = Callable[[], float]
 Result = TypeVar("Result")
@@ -45,33 +37,13 @@ class Plan(Frozen):
 
     Attributes:
         ratio: tokens for each nugget.
-        question: tokens of a question.
         answer: tokens of an answer.
         runs: how often everything is measured, after one time that is not counted.
     """
 
     ratio: float
-    question: int
     answer: int
     runs: int
-
-
-class Settings(Plan):
-    """What a report rests on.
-
-    Attributes:
-        config: the model's own.
-        weights: fingerprint of its weights.
-        data: name of the text.
-        data_sha256: of the file's bytes.
-        lengths: tokens of a context.
-    """
-
-    config: NuggetConfig
-    weights: str
-    data: str
-    data_sha256: str
-    lengths: tuple[int, ...]
 
 
 class Cost(NamedTuple):
@@ -130,68 +102,6 @@ def payoff(memory: Cost, other: Cost) -> Payoff:
     return Payoff(1, math.floor(ahead / -saved) if saved else None)
 
 
-def run_breakeven(
-    model: Nugget2D,
-    texts: Sequence[str],
-    settings: Settings,
-    folder: Path,
-    *,
-    force: bool = False,
-    clock: Clock | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Measure contexts of every length into a file of `folder`.
-
-    Args:
-        model: the compressor.
-        texts: what contexts are made of, joined, and repeated where they are too short: seconds do not depend on it.
-        settings: what to measure.
-        folder: is made if it is missing; memories are written to and read from its disk, and removed.
-        force: replace a report that is there.
-        clock: seconds; None takes the time when the model's device has done its work.
-        on_progress: called with (context tokens measured, in all), over all rounds.
-
-    Returns:
-        What the file holds: environment, settings, and one entry of `contexts` for each length: tokens, nuggets,
-        whether it is longer than the model goes on from (`beyond_context`), bytes held, and what `summarize` says.
-
-    Raises:
-        InputError: there is no text, or the model does not have so many positions.
-        ModelError: the model reads memories of one segment only, and a context is longer.
-        OutputError: the folder cannot be written to, or has a report.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make folder {folder}: {error.strerror or error}") from error
-    check_writable(folder / REPORT_FILE, force=force)
-    longest = max(settings.lengths)
-    # the start token or the soft prompt stands there too; refused here, not after minutes of measuring
-    end = longest + 1 + settings.question + settings.answer
-    model.require_positions(end, slots=end)
-    if longest > model.config.window:
-        _ = model.rotation  # raises where keys cannot be moved
-    ids = _tokens(model, texts, max(longest, settings.question))
-    question = torch.tensor([ids[: settings.question]], device=model.device)
-    clock = clock or device_clock(model.device)
-    rounds = settings.runs + 1
-    contexts = []
-    with TemporaryDirectory(dir=folder) as scratch:
-        for number, length in enumerate(settings.lengths):
-            context = detokenize(model.tokenizer, ids[:length])
-            before = rounds * sum(settings.lengths[:number])
-
-            def on_round(measured: int, before: int = before, length: int = length) -> None:
-                if on_progress is not None:
-                    on_progress(before + measured * length, rounds * sum(settings.lengths))
-
-            file = Path(scratch) / "context.nugget"
-            contexts.append(measure_context(model, context, question, settings, file, clock, on_round))
-    report = {"environment": environment(), "settings": settings.model_dump(mode="json"), "contexts": contexts}
-    write_report(folder / REPORT_FILE, report)
-    return report
-
-
 def measure_context(
     model: Nugget2D,
     context: str,
@@ -201,7 +111,7 @@ def measure_context(
     clock: Clock,
     on_round: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """One entry of a report's `contexts` (see `run_breakeven`), for the (1, q) ids of `question`.
+    """One entry of a report's `contexts` (see `breakeven_run`), for the (1, q) ids of `question`.
 
     The memory is written to `file`. `on_round` is called with the rounds done, the one that is not counted included.
     """
@@ -247,10 +157,11 @@ def summarize(rounds: Sequence[Round]) -> dict[str, Any]:
     """Medians with the lowest and highest of all rounds, and what follows from them.
 
     Returns:
-        seconds: of compress, save and prefill, and of each way's question until its first token and in all.
+        seconds: of compressing and of saving; of each way what is done once, a question until its answer's first token,
+        and a question in all.
         saved_per_question: seconds, against text and cache, by the medians; below 0 where the memory takes longer.
-        pays: against text and cache, the `Payoff` of the medians, and that of each round by itself.
-        rounds: the seconds of each, as measured.
+        pays, pays_in_rounds: the `Payoff` against text and cache of the medians, and of each round by itself.
+        rounds: all seconds as measured.
     """
     costs = [one.costs for one in rounds]
     ways = {
@@ -303,13 +214,3 @@ def _asked(clock: Clock, answer: Iterator[Tensor]) -> Asked:
 def _spread(seconds: Iterable[float]) -> dict[str, float]:
     values = list(seconds)
     return {"median": median(values), "low": min(values), "high": max(values)}
-
-
-def _tokens(model: Nugget2D, texts: Sequence[str], count: int) -> list[int]:
-    """The first `count` tokens of the texts one after the other, again and again."""
-    ids: list[int] = []
-    for text in cycle(texts):
-        ids += tokenize(model.tokenizer, text + "\n")[0]
-        if len(ids) >= count:
-            return ids[:count]
-    raise InputError("there is no text to measure on; give a file that has some")
