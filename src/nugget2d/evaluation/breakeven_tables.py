@@ -25,11 +25,10 @@ def markdown(report: dict[str, Any]) -> str:
         "# Break-even",
         f"Model `{settings['config']['name']}` (weights {settings['weights'][:12]}), {settings['ratio']:g} tokens a "
         f"nugget, questions of {settings['question']} tokens, answers of {settings['answer']}, on "
-        f"`{settings['data']}`; {environment['hardware']}, {environment['threads']} threads, torch "
+        f"`{settings['data']}`; {environment['hardware']}, threads: {environment['threads']}, torch "
         f"{environment['versions']['torch']}, commit {environment['commit']}.",
-        f"Medians of {settings['runs']} rounds (lowest .. highest), in every one of which all was measured in turns. "
-        "In seconds: what is done once, a question until its first token and until its last, and what the memory saves "
-        "a question.",
+        f"Rounds, in each of which everything was measured in turns: {settings['runs']}; medians (lowest .. highest). "
+        "Seconds of what is done once, and of a question until its answer's first token and in all.",
         markdown_table(["tokens", "nuggets", "way", *_HEADER], rows),
         "\n".join(f"- {note}" for note in _notes(report)),
     ]
@@ -60,7 +59,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
         "stays in the model's memory; a question reads the question. Memory: the context is compressed and written to "
         "a file once; a question loads the file (from the system's page cache), rotates its keys, reads the question. "
         "All from the string, all to the same number of tokens. Loading the model is not counted.",
-        "Pays from: the first question at which the memory's total, what is done once included, is no higher; 1 is at "
+        "Saved: what a question takes less from the memory. Pays from: the first question at which the memory's total, what is done once included, is no higher; 1 is at "
         "once, 1 to 5 ends after 5. In brackets: the best and the worst of single rounds, where rounds differ.",
         "Bytes: what is held between questions, as text, in the model's memory, and as a file.",
         "All caches have room for what comes. transformers' own copy themselves at every token, so that `generate` "
