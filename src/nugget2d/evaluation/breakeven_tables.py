@@ -40,7 +40,7 @@ def print_tables(report: dict[str, Any]) -> None:
     console = Console()
     for context in report["contexts"]:
         title = f"{_tokens(context)} tokens, {context['nuggets']:,} nuggets: bytes and seconds"
-        table = Table(title=title, box=None, padding=(0, 2, 0, 0), title_justify="left", header_style="dim")
+        table = Table(title=title, box=None, padding=(0, 1, 0, 0), title_justify="left", header_style="dim")
         table.add_column(no_wrap=True)
         for name in _HEADER:
             table.add_column(name, justify="right")
@@ -59,7 +59,8 @@ def _notes(report: dict[str, Any]) -> list[str]:
         "stays in the model's memory; a question reads the question. Memory: the context is compressed and written to "
         "a file once; a question loads the file (from the system's page cache), rotates its keys, reads the question. "
         "All from the string, all to the same number of tokens. Loading the model is not counted.",
-        "Saved: what a question takes less from the memory. Pays from: the first question at which the memory's total, what is done once included, is no higher; 1 is at "
+        "Saved: what a question takes less from the memory. Pays from: the first question at which the memory's "
+        "total, what is done once included, is no higher; 1 is at "
         "once, 1 to 5 ends after 5. In brackets: the best and the worst of single rounds, where rounds differ.",
         "Bytes: what is held between questions, as text, in the model's memory, and as a file.",
         "All caches have room for what comes. transformers' own copy themselves at every token, so that `generate` "
