@@ -11,7 +11,7 @@ TEXT = (
 ) * 4
 
 
-def save_tiny_model(folder: Path, *, seed: int = 0, name: str | None = None) -> Path:
+def save_tiny_model(folder: Path, *, seed: int = 0, name: str | None = None, **options: object) -> Path:
     """A model that knows nothing and calls itself `name`, or by its folder so that memories lead back to it."""
-    tiny.trained("llama", "copies", seed, name=name or str(folder)).save_pretrained(folder)
+    tiny.trained("llama", "copies", seed, name=name or str(folder), **options).save_pretrained(folder)
     return folder

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from nugget2d.errors import ModelError
@@ -88,7 +88,7 @@ def gather_nuggets(cache: DynamicCache, index: Tensor, valid: Tensor, bias: Tens
     return Nuggets(list(map(pick, keys)), list(map(pick, values)), None if full else valid, bias)
 
 
-def cached_states(cache: DynamicCache) -> tuple[list[Tensor], list[Tensor]]:
+def cached_states(cache: Cache) -> tuple[list[Tensor], list[Tensor]]:
     """Keys and values of every layer of a filled cache of full-attention layers."""
     layers = [cast(DynamicLayer, layer) for layer in cache.layers]
     return [cast(Tensor, layer.keys) for layer in layers], [cast(Tensor, layer.values) for layer in layers]

@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from nugget2d.cli.options import DEFAULT_MODEL, ModelName, SelectionOption
+from nugget2d.cli.options import DEFAULT_MODEL, Force, ModelName, SelectionOption
 from nugget2d.cli.shared import bundled_text, load_model, progress, safe_to_interrupt, say
 from nugget2d.errors import InputError
 from nugget2d.files import atomic_write
@@ -38,7 +38,7 @@ def distortion(
         ),
     ] = None,
     selection: SelectionOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Forget what the folder holds.")] = False,
+    force: Force = False,
 ) -> None:
     """Measure what memories keep against what they cost: fidelity, worth for going on, bits.
 
@@ -91,7 +91,7 @@ def lm(
     tokens: Annotated[
         int, typer.Option("--tokens", min=1, help="Tokens scored of each corpus, in whole blocks.")
     ] = 100_000,
-    force: Annotated[bool, typer.Option("--force", help="Forget what the folder holds.")] = False,
+    force: Force = False,
 ) -> None:
     """Measure language modelling when no query sees more than so many states.
 
@@ -126,6 +126,55 @@ def lm(
     with atomic_write(out / "lm.md") as file:
         file.write(markdown(report).encode())
     say("wrote", f"{out}: lm.json, lm.md")
+
+
+@bench.command()
+def breakeven(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for figures, table and plot.")],
+    model: ModelName = DEFAULT_MODEL,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", help="A .txt, .jsonl or .jsonl.xz to take contexts from.", show_default="a bundled article"
+        ),
+    ] = None,
+    lengths: Annotated[str, typer.Option("--lengths", help="Tokens of a context.")] = "1024,4096,16384",
+    ratio: Annotated[float, typer.Option("--ratio", min=1, help="Tokens for each nugget.")] = 20,
+    question: Annotated[int, typer.Option("--question", min=1, help="Tokens of a question.")] = 32,
+    answer: Annotated[int, typer.Option("--answer", min=1, help="Tokens of an answer.")] = 64,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Rounds of measuring.")] = 5,
+    force: Force = False,
+) -> None:
+    """Measure what compressing a context costs and saves, and after how many questions it has paid.
+
+    Against sending the text again with every question, and against keeping its KV cache.
+    """
+    wanted = _numbers(lengths, "--lengths", int)
+    _require_packages()
+    compressor = load_model(model)
+    with safe_to_interrupt():
+        from nugget2d.evaluation.breakeven_plot import plot_breakeven
+        from nugget2d.evaluation.breakeven_run import Settings, run_breakeven
+        from nugget2d.evaluation.breakeven_tables import markdown, print_tables
+    texts, digest = _documents(data)
+    settings = Settings(
+        config=compressor.config,
+        weights=compressor.fingerprint.model,
+        data=data.name if data else "the bundled article",
+        data_sha256=digest,
+        lengths=tuple(wanted),
+        ratio=ratio,
+        question=question,
+        answer=answer,
+        runs=runs,
+    )
+    with progress("measuring", unit="context tokens") as on_progress:
+        report = run_breakeven(compressor, texts, settings, out, force=force, on_progress=on_progress)
+    print_tables(report)
+    with atomic_write(out / "breakeven.md") as file:
+        file.write(markdown(report).encode())
+    plot_breakeven(report, out / "breakeven.png")
+    say("wrote", f"{out}: breakeven.json, breakeven.md, breakeven.png")
 
 
 def _parse_source(source: str) -> tuple[Path, dict[str, str]]:

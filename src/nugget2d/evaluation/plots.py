@@ -15,9 +15,9 @@ Cell = dict[str, Any]
 Report = dict[str, Any]
 
 # Okabe and Ito's palette: told apart with any colour vision, and by marker in print
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = "osD^vPX"
-_DPI = 120
+DPI = 120
 
 
 def plot_distortion(report: Report, folder: Path) -> list[Path]:
@@ -32,15 +32,15 @@ def plot_distortion(report: Report, folder: Path) -> list[Path]:
     for name, draw in drawings.items():
         paths.append(folder / f"distortion-{name}.png")
         with atomic_write(paths[-1]) as file:
-            draw(report).savefig(file, format="png", dpi=_DPI)
+            draw(report).savefig(file, format="png", dpi=DPI)
     return paths
 
 
 def plot_streams(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Write one PNG: nats, time and bytes by position, a line for each way to read."""
-    figure, panels = _panels(3)
+    figure, axes_of = panels(3)
     labels = {"nats": "nats per token", "ms_per_token": "milliseconds per token", "bytes": "bytes held"}
-    for axes, (key, label) in zip(panels, labels.items(), strict=True):
+    for axes, (key, label) in zip(axes_of, labels.items(), strict=True):
         for number, (name, points) in enumerate(results.items()):
             style = _style(number, name) | {"ms": 3}
             axes.plot([point["position"] for point in points], [point[key] for point in points], **style)
@@ -48,13 +48,13 @@ def plot_streams(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axes.xaxis.set_major_formatter("{x:,.0f}")
         if key != "nats":
             axes.set_yscale("log")
-    panels[0].legend()
+    axes_of[0].legend()
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=_DPI)
+        figure.savefig(file, format="png", dpi=DPI)
 
 
 def _fidelity(report: Report) -> "Figure":
-    figure, (bleu, accuracy) = _panels(2)
+    figure, (bleu, accuracy) = panels(2)
     for cells, style in _lines(report):
         _line(bleu, cells, "bleu", style)
         _line(accuracy, cells, "token_accuracy", style, scale=100)
@@ -69,7 +69,7 @@ def _fidelity(report: Report) -> "Figure":
 def _bits(report: Report) -> "Figure":
     from matplotlib.ticker import LogLocator
 
-    figure, (patch, file) = _panels(2)
+    figure, (patch, file) = panels(2)
     for cells, style in _lines(report):
         ratios = [cell["achieved_ratio"] for cell in cells]
         patch.plot(ratios, [cell["patch_bits_per_char"] for cell in cells], **style)
@@ -90,7 +90,7 @@ def _bits(report: Report) -> "Figure":
 
 
 def _retained(report: Report) -> "Figure":
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = panels(1)
     for (cells, style), reference in zip(_lines(report), report["lengths"], strict=True):
         meaningful = [cell for cell in cells if cell["retained"] is not None]
         if meaningful:
@@ -114,7 +114,7 @@ def _retained(report: Report) -> "Figure":
 def _profile(report: Report) -> "Figure":
     from matplotlib.ticker import MaxNLocator
 
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = panels(1)
     chosen = nearest_to_profile_ratio(report["cells"])
     for number, cell in enumerate(chosen):
         values = [100 * value for value in cell["copy_span_profile"]]
@@ -130,15 +130,16 @@ def _profile(report: Report) -> "Figure":
     return figure
 
 
-def _panels(count: int) -> "tuple[Figure, Sequence[Axes]]":
+def panels(count: int) -> "tuple[Figure, Sequence[Axes]]":
+    """A figure of `count` panels in a row, with grids."""
     # the object-oriented interface draws with Agg and touches no global state
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4 * count if count > 1 else 8, 4.8), layout="constrained")
-    panels = figure.subplots(1, count, squeeze=False)[0]
-    for axes in panels:
+    drawn = figure.subplots(1, count, squeeze=False)[0]
+    for axes in drawn:
         axes.grid(alpha=0.3)
-    return figure, panels
+    return figure, drawn
 
 
 def _lines(report: Report) -> list[tuple[list[Cell], dict[str, Any]]]:
@@ -151,8 +152,8 @@ def _lines(report: Report) -> list[tuple[list[Cell], dict[str, Any]]]:
 
 
 def _style(number: int, label: str) -> dict[str, Any]:
-    kind = number % len(_COLOURS)
-    return {"color": _COLOURS[kind], "marker": _MARKERS[kind], "ms": 5, "label": label}
+    kind = number % len(COLOURS)
+    return {"color": COLOURS[kind], "marker": _MARKERS[kind], "ms": 5, "label": label}
 
 
 def _line(

@@ -1,0 +1,113 @@
+"""Three ways to answer a question about a context, greedily: from its text, from its kept KV cache, from its memory.
+
+Each yields the answer's (1, 1) token ids one by one and does nothing before the first is asked for: whoever asks can
+put a clock on the first token and on the rest. All run the same loop to the same length; end of text does not stop it.
+Their caches have room for all that comes: transformers' own copy all keys and values at every token, which takes about
+as long as attention does, and would lend the memory a merit that is only its copies' being short.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from nugget2d.memory import Memory
+from nugget2d.network import Network
+from nugget2d.parameters import Role
+from nugget2d.reading import placed_nuggets
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of one layer at the start of tensors that are longer: `room` tokens more than the first ones."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self._room = room
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write (B, kv_heads, q, head_dim) states behind those that are there; see `DynamicLayer.update`."""
+        first, count = self.get_seq_length(), key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            shapes = ((*states.shape[:2], count + self._room, states.shape[3]) for states in (key_states, value_states))
+            self._whole = [key_states.new_empty(shape) for shape in shapes]
+        for whole, states in zip(self._whole, (key_states, value_states), strict=True):
+            whole[:, :, first : first + count] = states
+        self.keys, self.values = (whole[:, :, : first + count] for whole in self._whole)
+        return self.keys, self.values
+
+
+def roomy_cache(model: Network, room: int) -> Cache:
+    """An empty cache that takes in what is read first, and `room` tokens more.
+
+    Sliding windows get a full layer as well: as far as nuggets can be read there, they hide nothing (support.py).
+    """
+    layers = model.lm.config.get_text_config(decoder=True).num_hidden_layers
+    return Cache(layers=[_RoomyLayer(room) for _ in range(layers)])
+
+
+@torch.no_grad()
+def answer_from_text(model: Network, context: str, question: Tensor, length: int) -> Iterator[Tensor]:
+    """`length` tokens after `context` and the (1, q) ids of `question`, all of it read by the plain LM."""
+    embeds = model.embed(torch.cat([_ids(model, context), question], dim=1))
+    yield from _write(model, "base", roomy_cache(model, length), embeds, 0, length)
+
+
+@torch.no_grad()
+def keep_cache(model: Network, context: str, room: int) -> Cache:
+    """What the plain LM has read: keys and values of every token of `context`, with room for question and answer."""
+    cache = roomy_cache(model, room)
+    list(_write(model, "base", cache, model.embed(_ids(model, context)), 0, 1))
+    return cache
+
+
+@torch.no_grad()
+def answer_from_cache(model: Network, cache: Cache, question: Tensor, length: int) -> Iterator[Tensor]:
+    """The same tokens, read on from what `keep_cache` kept; question and answer are added to it."""
+    yield from _write(model, "base", cache, model.embed(question), cache.get_seq_length(), length)
+
+
+@torch.no_grad()
+def answer_from_memory(model: Network, file: Path, question: Tensor, length: int) -> Iterator[Tensor]:
+    """`length` tokens after the memory in `file` and the (1, q) ids of `question`.
+
+    Reads all nuggets, also those that `generate` would leave out because the context is longer than `config.context`:
+    the seconds are those of the whole memory.
+    """
+    memory = Memory.load(file)
+    nuggets = placed_nuggets(model, memory, slice(None), torch.tensor(memory.positions))
+    embeds = model.embed(question)
+    embeds = torch.cat([model.prompt("continue", 1).to(embeds.dtype), embeds], dim=1)
+    cache = roomy_cache(model, embeds.shape[1] + length)
+    for layer, (keys, values) in enumerate(zip(nuggets.keys, nuggets.values, strict=True)):
+        cache.update(keys, values, layer)
+    yield from _write(model, "decoder", cache, embeds, memory.num_tokens, length)
+
+
+def _ids(model: Network, context: str) -> Tensor:
+    """(1, n) tokens as `generate` reads a text: after the start token, if there is one."""
+    ids = model.ids(context)
+    if model.start_token is None:
+        return ids
+    return torch.cat([torch.full_like(ids[:, :1], model.start_token), ids], dim=1)
+
+
+def _write(model: Network, role: Role, cache: Cache, embeds: Tensor, position: int, length: int) -> Iterator[Tensor]:
+    """`length` greedy tokens after (1, q, d) inputs that stand from `position` on."""
+    with model.parameters_by_role.role(role) as lm:
+        for _ in range(length):
+            end = position + embeds.shape[1]
+            logits = lm(
+                inputs_embeds=embeds,
+                position_ids=torch.arange(position, end, device=model.device)[None],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
+            token = logits[:, -1:].argmax(-1)
+            yield token
+            embeds, position = model.embed(token), end
