@@ -1,21 +1,25 @@
 """`MemoryStore`: what users call."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nugget2d.config import SelectionName
-from nugget2d.errors import UnknownMemoryError
+from nugget2d.errors import InputError, UnknownMemoryError
 from nugget2d.memory import Memory
 from nugget2d.model import Nugget2D
 from nugget2d.states import StoreDtype
 from nugget2d.store.backend import Backend, Damage, Entry, Swept
+from nugget2d.store.bucket import Bucket
 from nugget2d.store.embedding import Embedding
 from nugget2d.store.folder import Folder
 from nugget2d.store.record import Record, Settings, file_address, record_id
+
+_DIGITS = re.compile("[0-9a-f]{32}")  # of ids and content addresses: what becomes part of a path
 
 
 class Hit(NamedTuple):
@@ -36,13 +40,21 @@ class MemoryStore:
     Safe to use from several threads and processes at once.
     """
 
-    def __init__(self, path: Path | str, *, create: bool = True) -> None:
-        """Open the store at `path`, a folder; with `create`, make it if there is none.
+    def __init__(self, path: Path | str, *, create: bool = True, **options: Any) -> None:
+        """Open a store.
+
+        Args:
+            path: a folder, or "s3://bucket/prefix" for a bucket that exists (extra `s3`).
+            create: make the folder if there is none.
+            options: of a bucket, passed to obstore's `from_url`: endpoint, access_key_id, secret_access_key, region,
+                client_options={"allow_http": True}, ... What is left out comes from AWS_... variables.
 
         Raises:
             StoreError: there is none, it is not a store, of a newer version, or cannot be opened.
         """
-        self._backend: Backend = Folder(Path(path), create=create)
+        self._backend: Backend = (
+            Bucket(str(path), options) if "://" in str(path) else Folder(Path(path).expanduser(), create=create)
+        )
 
     def put(
         self,
@@ -68,9 +80,12 @@ class MemoryStore:
             The record; the earlier one, unchanged, if this owner has this memory already.
 
         Raises:
+            InputError: a key that is no content address.
             OutputError: the file cannot be written.
             StoreError: the index cannot be.
         """
+        if key is not None and not _DIGITS.fullmatch(key):
+            raise InputError(f"{key!r} is no content address; take that of `Settings.address`")
         data = memory.to_bytes()
         record = Record.of(memory, key or file_address(data), name=name, tags=tags, owner=owner, settings=settings)
         return self._backend.keep(Entry(record, Embedding.of(memory).to_bytes()), data)
@@ -103,10 +118,14 @@ class MemoryStore:
             model, ratio=ratio, quality=quality, refine=refine, exact=exact, selection=selection, dtype=dtype
         )
         key = settings.address(text, model.fingerprint)
-        if (known := self._backend.record(record_id(key, owner))) is not None:
+        if (known := self.at(key, owner=owner)) is not None:
             return known
         memory = self._backend.find(key) or settings.compress(model, text, on_progress)
         return self.put(memory, key=key, name=name, tags=tags, owner=owner, settings=settings)
+
+    def at(self, key: str, *, owner: str = "") -> Record | None:
+        """The record that `owner` has at a content address (`Settings.address`), if there is one."""
+        return self._backend.record(record_id(key, owner))
 
     def get(self, id: str, *, owner: str | None = None, verify: bool = True) -> Memory:
         """The memory of a record.
@@ -132,9 +151,9 @@ class MemoryStore:
         Raises:
             UnknownMemoryError: there is no such record, or it is another owner's.
         """
-        record = self._backend.record(id)
+        record = self._backend.record(id) if _DIGITS.fullmatch(id) else None
         if record is None or owner not in (None, record.owner):
-            raise UnknownMemoryError(f"there is no memory {id!r} in this store")
+            raise _unknown(id)
         return record
 
     def records(self, *, owner: str | None = None, tag: str | None = None) -> list[Record]:
@@ -147,7 +166,11 @@ class MemoryStore:
         Raises:
             UnknownMemoryError: there is no such record, or it is another owner's.
         """
-        self._backend.remove(self.record(id, owner=owner))
+        # asked by nobody in particular, a record that cannot be read can still be removed
+        if owner is not None:
+            self.record(id, owner=owner)
+        if not _DIGITS.fullmatch(id) or not self._backend.remove(id):
+            raise _unknown(id)
 
     def search(
         self, model: Nugget2D, query: str, *, top: int = 10, owner: str | None = None, tag: str | None = None
@@ -172,6 +195,14 @@ class MemoryStore:
             hits.append(Hit(entry.record, float(scores[best]), *embedding.spans[best].tolist()))
         return sorted(hits, key=lambda hit: hit.score, reverse=True)[:top]
 
+    def place(self, id: str) -> str:
+        """Where the file of a record is: a path that `Memory.load` reads, or a place in the bucket.
+
+        Raises:
+            UnknownMemoryError: there is no such record.
+        """
+        return self._backend.place(self.record(id))
+
     def verify(self) -> list[Damage]:
         """Read and check everything: what is damaged, by name; an empty list if nothing is."""
         return self._backend.verify()
@@ -193,6 +224,10 @@ class MemoryStore:
     ) -> None:
         """See `close`."""
         self.close()
+
+
+def _unknown(id: str) -> UnknownMemoryError:
+    return UnknownMemoryError(f"there is no memory {id!r} in this store")
 
 
 def _wanted(record: Record, owner: str | None, tag: str | None) -> bool:
