@@ -17,7 +17,7 @@ from nugget2d.store.backend import Backend, Damage, Entry, Swept
 from nugget2d.store.bucket import Bucket
 from nugget2d.store.embedding import Embedding
 from nugget2d.store.folder import Folder
-from nugget2d.store.record import Record, Settings, file_address, record_id
+from nugget2d.store.record import Record, Settings, record_id
 
 _DIGITS = re.compile("[0-9a-f]{32}")  # of ids and content addresses: what becomes part of a path
 
@@ -70,7 +70,7 @@ class MemoryStore:
 
         Args:
             memory: what to keep.
-            key: its content address (`Settings.address`); None takes that of its own bytes.
+            key: its content address (`Settings.address`); None takes its checksum.
             name: what a person calls it.
             tags: words to filter by.
             owner: whose it is.
@@ -86,9 +86,8 @@ class MemoryStore:
         """
         if key is not None and not _DIGITS.fullmatch(key):
             raise InputError(f"{key!r} is no content address; take that of `Settings.address`")
-        data = memory.to_bytes()
-        record = Record.of(memory, key or file_address(data), name=name, tags=tags, owner=owner, settings=settings)
-        return self._backend.keep(Entry(record, Embedding.of(memory).to_bytes()), data)
+        record = Record.of(memory, key or memory.checksum, name=name, tags=tags, owner=owner, settings=settings)
+        return self._backend.keep(Entry(record, Embedding.of(memory).to_bytes()), memory.to_bytes())
 
     def add(
         self,
