@@ -6,7 +6,7 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,7 +51,7 @@ def key(number: int) -> str:
     return f"{number:032x}"
 
 
-def add(folder: Path, memories: list[Memory], numbers: Iterator[int] | range, say: Callable[[bytes], None]) -> None:
+def add(folder: Path, memories: list[Memory], numbers: range, say: Callable[[bytes], None]) -> None:
     with MemoryStore(folder) as store:
         for number in numbers:
             record = store.put(memories[number % len(memories)], key=key(number), name=str(number))
@@ -69,7 +69,8 @@ def test_kill_at_any_moment_loses_nothing_acknowledged(tmp_path: Path, memories:
     acknowledged: list[str] = []
     kills = 0
     while len(acknowledged) < ADDS:
-        child = Child(lambda say: add(tmp_path, memories, range(len(acknowledged), ADDS), say))
+        left = range(len(acknowledged), ADDS)
+        child = Child(lambda say, left=left: add(tmp_path, memories, left, say))
         for _ in range(chance.randrange(12)):
             acknowledged += [line.decode().strip() for line in [child.said.readline()] if line]
         time.sleep(chance.random() * 0.01)  # an add takes some milliseconds
@@ -196,7 +197,7 @@ def test_no_space_for_a_file_is_one_clear_error(tmp_path: Path, llama: Nugget2D,
         assert store.add(llama, "The dog.", ratio=2) == store.records()[0]
 
 
-def test_files_and_their_names_are_flushed_before_the_record(tmp_path: Path, memories: list[Memory], monkeypatch) -> None:
+def test_a_file_and_its_name_are_flushed_before_the_record(tmp_path: Path, memories: list[Memory], monkeypatch) -> None:
     """kill -9 leaves what the system holds; a power cut does not, so the order of flushes is looked at."""
     with MemoryStore(tmp_path) as store:
         flushed: list[tuple[str, int]] = []
@@ -204,7 +205,7 @@ def test_files_and_their_names_are_flushed_before_the_record(tmp_path: Path, mem
 
         def look(handle: int) -> None:
             flush(handle)
-            flushed.append((os.readlink(f"/proc/self/fd/{handle}"), len(store.records())))
+            flushed.append((str(Path(f"/proc/self/fd/{handle}").readlink()), len(store.records())))
 
         monkeypatch.setattr(os, "fsync", look)
         store.put(memories[0], key=key(7))

@@ -15,7 +15,7 @@ from nugget2d.model import Nugget2D
 from nugget2d.states import StoreDtype
 from nugget2d.store.backend import Backend, Damage, Entry, Swept
 from nugget2d.store.bucket import Bucket
-from nugget2d.store.embedding import Embedding
+from nugget2d.store.embedding import Embedding, similarities
 from nugget2d.store.folder import Folder
 from nugget2d.store.record import Record, Settings, record_id
 
@@ -176,22 +176,29 @@ class MemoryStore:
     ) -> list[Hit]:
         """The memories whose meaning is nearest to `query`, best first, each with its best segment.
 
-        Only memories of `model` are compared. The search is exact: one matrix product over the vectors of all segments
-        (see embedding.py).
+        Only memories of `model` are compared. The search is exact: one matrix product over the vectors of all their
+        segments. Scores are cosines after these vectors were centred and whitened (see embedding.py): they compare
+        memories of one search, no more.
 
         Raises:
             InputError: an empty query.
         """
         wanted = Embedding.of(model.compress(query, ratio=1)).vectors.astype(np.float32).mean(0)
-        hits = []
-        for entry in self._backend.entries():
-            if entry.record.model != model.fingerprint or not _wanted(entry.record, owner, tag):
-                continue
-            embedding = Embedding.from_bytes(entry.vectors)
-            vectors = embedding.vectors.astype(np.float32)
-            scores = vectors @ wanted / (np.linalg.norm(vectors, axis=1) * np.linalg.norm(wanted))
-            best = int(scores.argmax())
-            hits.append(Hit(entry.record, float(scores[best]), *embedding.spans[best].tolist()))
+        entries = [
+            entry
+            for entry in self._backend.entries()
+            if entry.record.model == model.fingerprint and _wanted(entry.record, owner, tag)
+        ]
+        if not entries:
+            return []
+        embeddings = [Embedding.from_bytes(entry.vectors) for entry in entries]
+        scores = similarities(np.concatenate([one.vectors for one in embeddings]).astype(np.float32), wanted)
+        hits, first = [], 0
+        for entry, embedding in zip(entries, embeddings, strict=True):
+            own = scores[first : first + len(embedding.spans)]
+            best = int(own.argmax())
+            hits.append(Hit(entry.record, float(own[best]), *embedding.spans[best].tolist()))
+            first += len(own)
         return sorted(hits, key=lambda hit: hit.score, reverse=True)[:top]
 
     def place(self, id: str) -> str:
