@@ -30,9 +30,8 @@ def server() -> Iterator[str]:
 
 @pytest.fixture
 def options(server: str, request: pytest.FixtureRequest) -> dict[str, Any]:
-    """What leads to an empty bucket "b"."""
-    for path in ("moto-api/reset", "b"):
-        method = "PUT" if path == "b" else "POST"
+    """What leads to an empty bucket."""
+    for method, path in (("POST", "moto-api/reset"), ("PUT", "bucket")):
         urllib.request.urlopen(urllib.request.Request(f"{server}/{path}", method=method)).close()
     secrets = {"access_key_id": "a", "secret_access_key": "s", "region": "us-east-1"}
     return {"endpoint": server, **secrets, "client_options": {"allow_http": True}}
@@ -40,12 +39,12 @@ def options(server: str, request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.fixture
 def store(options: dict[str, Any]) -> MemoryStore:
-    return MemoryStore("s3://b/prefix", **options)
+    return MemoryStore("s3://bucket/prefix", **options)
 
 
 @pytest.fixture
 def objects(options: dict[str, Any]) -> Callable[[], dict[str, bytes]]:
-    place = obstore.store.from_url("s3://b/prefix", **options)
+    place = obstore.store.from_url("s3://bucket/prefix", **options)
 
     def read() -> dict[str, bytes]:
         names = [meta["path"] for page in obstore.list(place) for meta in page]
@@ -79,9 +78,9 @@ def test_it_behaves_like_a_folder(store: MemoryStore, options: dict[str, Any], l
         with pytest.raises(UnknownMemoryError):
             store.get(there[0].id, owner="bob")
         assert store.verify() == [] and store.gc() == (0, 0)
-    again = MemoryStore("s3://b/prefix", **options)
+    again = MemoryStore("s3://bucket/prefix", **options)
     assert again.records() == there
-    assert MemoryStore("s3://b/other", **options).records() == []
+    assert MemoryStore("s3://bucket/other", **options).records() == []
 
 
 def test_another_owner_needs_no_work(store: MemoryStore, llama: Nugget2D, monkeypatch) -> None:
@@ -96,7 +95,7 @@ def test_another_owner_needs_no_work(store: MemoryStore, llama: Nugget2D, monkey
 
 
 def test_many_writers_of_one_memory(options: dict[str, Any], memory: Memory, objects) -> None:
-    stores = [MemoryStore("s3://b/prefix", **options) for _ in range(4)]
+    stores = [MemoryStore("s3://bucket/prefix", **options) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         records = list(pool.map(lambda n: stores[n % 4].put(memory, name=str(n), key=f"{n % 3:032x}"), range(24)))
     assert len({record.id for record in records}) == 3
@@ -125,7 +124,7 @@ def test_a_lost_answer_is_no_other_writer(store: MemoryStore, memory: Memory, mo
 
 def test_damage_is_named(store: MemoryStore, options: dict[str, Any], memory: Memory, objects) -> None:
     ids = [store.put(memory, key=f"{number:032x}").id for number in range(5)]
-    place = obstore.store.from_url("s3://b/prefix", **options)
+    place = obstore.store.from_url("s3://bucket/prefix", **options)
     held = objects()
     rows = [json.loads(held[f"records/{id}.json"]) for id in ids]
     file = bytearray(held[rows[1]["file"]])
@@ -139,7 +138,7 @@ def test_damage_is_named(store: MemoryStore, options: dict[str, Any], memory: Me
     assert set(reasons) == set(ids[1:])
     assert "checksum" in reasons[ids[1]] and "lost its file" in reasons[ids[2]]
     assert "checksum" in reasons[ids[3]] and "damaged" in reasons[ids[4]]
-    with pytest.raises(MemoryFileError, match=r"s3://b/prefix/memories/"):
+    with pytest.raises(MemoryFileError, match=r"s3://bucket/prefix/memories/"):
         store.get(ids[1])
     for id in ids[1:]:
         store.remove(id)
@@ -148,7 +147,7 @@ def test_damage_is_named(store: MemoryStore, options: dict[str, Any], memory: Me
 
 def test_gc_sweeps_only_old_orphans(store: MemoryStore, options: dict[str, Any], memory: Memory, monkeypatch) -> None:
     kept = store.put(memory)
-    place = obstore.store.from_url("s3://b/prefix", **options)
+    place = obstore.store.from_url("s3://bucket/prefix", **options)
     obstore.put(place, f"memories/{'0' * 32}/x.nugget", b"12345")
     assert store.gc() == (0, 0)
     monkeypatch.setattr(bucket, "ORPHAN_SECONDS", -60)
@@ -165,7 +164,7 @@ def test_variables_of_the_environment_lead_there(options: dict[str, Any], memory
         ("AWS_ALLOW_HTTP", "true"),
     ):
         monkeypatch.setenv(name, value)
-    assert MemoryStore("s3://b/prefix").put(memory).num_tokens == memory.num_tokens
+    assert MemoryStore("s3://bucket/prefix").put(memory).num_tokens == memory.num_tokens
 
 
 def test_what_cannot_be_reached_is_one_clear_error(options: dict[str, Any]) -> None:
@@ -175,4 +174,4 @@ def test_what_cannot_be_reached_is_one_clear_error(options: dict[str, Any]) -> N
         with pytest.raises(StoreError, match=url):
             MemoryStore(url, **options)
     with pytest.raises(StoreError, match="nonsense"):
-        MemoryStore("s3://b", **options, nonsense=1)
+        MemoryStore("s3://bucket", **options, nonsense=1)

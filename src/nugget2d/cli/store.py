@@ -2,6 +2,7 @@
 
 import json as json_format
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -52,8 +53,8 @@ def add(
     texts = [read_source(file) for file in files]
     compressor = load_model(model)
     with _open(store, create=True) as memories:
-        before = {record.id for record in memories.records()}
         for file, text in zip(files, texts, strict=True):
+            start = datetime.now(timezone.utc).isoformat(timespec="microseconds")
             with progress("compressing") as on_progress:
                 record = memories.add(
                     compressor,
@@ -68,8 +69,7 @@ def add(
                     tags=tag or (),
                     on_progress=on_progress,
                 )
-            known = " (was there)" if record.id in before else ""
-            before.add(record.id)
+            known = " (was there)" if record.created < start else ""
             typer.echo(
                 f"{record.id[:SHORT]}  {_line(record.name)}  {record.num_tokens:,} tokens, "
                 f"{record.num_nuggets:,} nuggets{known}"
@@ -106,7 +106,6 @@ def show(id: Id, store: StorePlace = DEFAULT_STORE, json: Json = False) -> None:
     with _open(store) as memories:
         record = _find(memories, id)
         place = memories.place(record.id)
-        segments = memories.get(record.id).segments
     if json:
         _print_json({**record.model_dump(mode="json"), "file": place})
         return
@@ -120,13 +119,12 @@ def show(id: Id, store: StorePlace = DEFAULT_STORE, json: Json = False) -> None:
     table.add_row("created", record.created)
     table.add_row("model", f"{_line(record.model.name)} {record.model.model[:SHORT]}")
     if record.settings is not None:
-        asked = record.settings.model_dump(exclude_defaults=True).items()
-        table.add_row("settings", ", ".join(f"{name} {value}" for name, value in asked if value))
+        given = record.settings.model_dump().items()
+        table.add_row("settings", ", ".join(f"{name} {value}" for name, value in given if value))
     table.add_row("characters", f"{record.num_chars:,}")
     table.add_row("tokens", f"{record.num_tokens:,}")
     table.add_row("nuggets", f"{record.num_nuggets:,}")
     table.add_row("ratio", f"{record.ratio:.2f}")
-    table.add_row("segments", f"{len(segments):,}")
     table.add_row("bytes", f"{record.nbytes:,}")
     table.add_row("file", place)
     Console(soft_wrap=True).print(table)
