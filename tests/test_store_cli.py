@@ -3,6 +3,7 @@
 import json
 import lzma
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from nugget2d.errors import InputError, StoreError
 from nugget2d.indexing import processes
 from nugget2d.indexing import run as indexing
 from nugget2d.indexing.documents import Document, Failure, batches, count, documents
-from nugget2d.indexing.work import Job, Worker
+from nugget2d.indexing.work import Job, Outcome, Worker
 from nugget2d.store import MemoryStore
 from test_cli import fails, run
 
@@ -206,12 +207,15 @@ def test_index_goes_on_where_it_stopped(corpus: Path, tmp_path: Path, model: str
     """Interrupted once something is kept, then run again by the command."""
     store = tmp_path / "store"
 
-    def interrupt(done: int, total: int) -> None:
+    def interrupted(job: Job, work: Iterator[list[Document]], workers: int) -> Iterator[list[Outcome]]:
+        """An engine like any other, in this process."""
+        yield Worker(job)(next(work))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(indexing, "BATCH_CHARS", 500)
-        indexing.index(corpus, Job(store=str(store), model=model, ratio=4), 1, interrupt)
+        patched.setattr(indexing, "run_in_processes", interrupted)
+        indexing.index(corpus, Job(store=str(store), model=model, ratio=4), 1)
     with MemoryStore(store) as opened:
         kept = len(opened.records())
         assert 0 < kept < 12 and opened.verify() == []
