@@ -1,0 +1,240 @@
+"""`MemoryStore`: what users call."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nugget2d.config import SelectionName
+from nugget2d.errors import InputError, UnknownMemoryError
+from nugget2d.memory import Memory
+from nugget2d.model import Nugget2D
+from nugget2d.states import StoreDtype
+from nugget2d.store.backend import Backend, Damage, Entry, Swept
+from nugget2d.store.bucket import Bucket
+from nugget2d.store.embedding import Embedding, similarities
+from nugget2d.store.folder import Folder
+from nugget2d.store.record import Record, Settings, record_id
+
+_DIGITS = re.compile("[0-9a-f]{32}")  # of ids and content addresses: what becomes part of a path
+
+
+class Hit(NamedTuple):
+    """A memory that a search found: `start` and `end` are the characters of the part that matched best."""
+
+    record: Record
+    score: float
+    start: int
+    end: int
+
+
+class MemoryStore:
+    """Memories by content address, with names, tags and owners.
+
+    A record belongs to its `owner`, a namespace: whoever asks with another owner is told that it does not exist. Asking
+    with None sees all. What two owners add alike is two records over one file.
+
+    Safe to use from several threads and processes at once.
+    """
+
+    def __init__(self, path: Path | str, *, create: bool = True, **options: Any) -> None:
+        """Open a store.
+
+        Args:
+            path: a folder, or "s3://bucket/prefix" for a bucket that exists (extra `s3`).
+            create: make the folder if there is none.
+            options: of a bucket, passed to obstore's `from_url`: endpoint, access_key_id, secret_access_key, region,
+                client_options={"allow_http": True}, ... What is left out comes from AWS_... variables.
+
+        Raises:
+            StoreError: there is none, it is not a store, of a newer version, or cannot be opened.
+        """
+        self._backend: Backend = (
+            Bucket(str(path), options) if "://" in str(path) else Folder(Path(path).expanduser(), create=create)
+        )
+
+    def put(
+        self,
+        memory: Memory,
+        *,
+        key: str | None = None,
+        name: str = "",
+        tags: Sequence[str] = (),
+        owner: str = "",
+        settings: Settings | None = None,
+    ) -> Record:
+        """Keep a memory; when this returns, a power cut does not lose it.
+
+        Args:
+            memory: what to keep.
+            key: its content address (`Settings.address`); None takes its checksum.
+            name: what a person calls it.
+            tags: words to filter by.
+            owner: whose it is.
+            settings: how it was made, for the record.
+
+        Returns:
+            The record; the earlier one, unchanged, if this owner has this memory already.
+
+        Raises:
+            InputError: a key that is no content address.
+            OutputError: the file cannot be written.
+            StoreError: the index cannot be.
+        """
+        if key is not None and not _DIGITS.fullmatch(key):
+            raise InputError(f"{key!r} is no content address; take that of `Settings.address`")
+        record = Record.of(memory, key or memory.checksum, name=name, tags=tags, owner=owner, settings=settings)
+        return self._backend.keep(Entry(record, Embedding.of(memory).to_bytes()), memory.to_bytes())
+
+    def add(
+        self,
+        model: Nugget2D,
+        text: str,
+        *,
+        ratio: float | None = None,
+        quality: float | None = None,
+        refine: int = 0,
+        exact: bool = False,
+        selection: SelectionName | None = None,
+        dtype: StoreDtype | None = None,
+        name: str = "",
+        tags: Sequence[str] = (),
+        owner: str = "",
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Record:
+        """Keep the memory of a text; it is compressed only if nobody added it before, by this model and so.
+
+        The arguments are those of `Nugget2D.compress` and of `put`.
+
+        Raises:
+            InputError: see `Nugget2D.compress`.
+            OutputError, StoreError: see `put`.
+        """
+        settings = Settings.of(
+            model, ratio=ratio, quality=quality, refine=refine, exact=exact, selection=selection, dtype=dtype
+        )
+        key = settings.address(text, model.fingerprint)
+        if (known := self.at(key, owner=owner)) is not None:
+            return known
+        memory = self._backend.find(key) or settings.compress(model, text, on_progress)
+        return self.put(memory, key=key, name=name, tags=tags, owner=owner, settings=settings)
+
+    def at(self, key: str, *, owner: str = "") -> Record | None:
+        """The record that `owner` has at a content address (`Settings.address`), if there is one."""
+        return self._backend.record(record_id(key, owner))
+
+    def get(self, id: str, *, owner: str | None = None, verify: bool = True) -> Memory:
+        """The memory of a record.
+
+        In a folder its file is mapped into memory: layers are paged in as they are touched, and processes that
+        read the same memory share its pages.
+
+        Args:
+            id: of the record, whole.
+            owner: who asks.
+            verify: False leaves out the checksum, for which every page is touched once.
+
+        Raises:
+            UnknownMemoryError: there is no such record, or it is another owner's.
+            StoreError: its file is missing.
+            MemoryFileError: its file is damaged.
+        """
+        return self._backend.load(self.record(id, owner=owner), verify=verify)
+
+    def record(self, id: str, *, owner: str | None = None) -> Record:
+        """The record of that id.
+
+        Raises:
+            UnknownMemoryError: there is no such record, or it is another owner's.
+        """
+        record = self._backend.record(id) if _DIGITS.fullmatch(id) else None
+        if record is None or owner not in (None, record.owner):
+            raise _unknown(id)
+        return record
+
+    def records(self, *, owner: str | None = None, tag: str | None = None) -> list[Record]:
+        """All records of an owner, with a tag, oldest first."""
+        return [record for record in self._backend.records() if _wanted(record, owner, tag)]
+
+    def remove(self, id: str, *, owner: str | None = None) -> None:
+        """Forget a record; its file goes with the last record that leads there.
+
+        Raises:
+            UnknownMemoryError: there is no such record, or it is another owner's.
+        """
+        # asked by nobody in particular, a record that cannot be read can still be removed
+        if owner is not None:
+            self.record(id, owner=owner)
+        if not _DIGITS.fullmatch(id) or not self._backend.remove(id):
+            raise _unknown(id)
+
+    def search(
+        self, model: Nugget2D, query: str, *, top: int = 10, owner: str | None = None, tag: str | None = None
+    ) -> list[Hit]:
+        """The memories whose meaning is nearest to `query`, best first, each with its best segment.
+
+        Only memories of `model` are compared. The search is exact: one matrix product over the vectors of all their
+        segments. Scores are cosines after these vectors were centred and whitened (see embedding.py): they compare
+        memories of one search, no more.
+
+        Raises:
+            InputError: an empty query.
+        """
+        wanted = Embedding.of(model.compress(query, ratio=1)).vectors.astype(np.float32).mean(0)
+        entries = [
+            entry
+            for entry in self._backend.entries()
+            if entry.record.model == model.fingerprint and _wanted(entry.record, owner, tag)
+        ]
+        if not entries:
+            return []
+        embeddings = [Embedding.from_bytes(entry.vectors) for entry in entries]
+        scores = similarities(np.concatenate([one.vectors for one in embeddings]).astype(np.float32), wanted)
+        hits, first = [], 0
+        for entry, embedding in zip(entries, embeddings, strict=True):
+            own = scores[first : first + len(embedding.spans)]
+            best = int(own.argmax())
+            hits.append(Hit(entry.record, float(own[best]), *embedding.spans[best].tolist()))
+            first += len(own)
+        return sorted(hits, key=lambda hit: hit.score, reverse=True)[:top]
+
+    def place(self, id: str) -> str:
+        """Where the file of a record is: a path that `Memory.load` reads, or a place in the bucket.
+
+        Raises:
+            UnknownMemoryError: there is no such record.
+        """
+        return self._backend.place(self.record(id))
+
+    def verify(self) -> list[Damage]:
+        """Read and check everything: what is damaged, by name; an empty list if nothing is."""
+        return self._backend.verify()
+
+    def gc(self) -> Swept:
+        """Remove what interrupted writers left behind, if it is an hour old."""
+        return self._backend.sweep()
+
+    def close(self) -> None:
+        """Let go of files and connections."""
+        self._backend.close()
+
+    def __enter__(self) -> "MemoryStore":
+        """Nothing is done; leaving closes."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """See `close`."""
+        self.close()
+
+
+def _unknown(id: str) -> UnknownMemoryError:
+    return UnknownMemoryError(f"there is no memory {id!r} in this store")
+
+
+def _wanted(record: Record, owner: str | None, tag: str | None) -> bool:
+    return owner in (None, record.owner) and (tag is None or tag in record.tags)
