@@ -15,11 +15,11 @@ class Batch:
         jobs: whose answers these are, in the order of their rows.
     """
 
-    def __init__(self, model: Network, role: Role, rows: int) -> None:
-        """Nobody yet, and room for `rows`."""
+    def __init__(self, model: Network, role: Role) -> None:
+        """Nobody yet."""
         self.jobs: list[Generation] = []
         self._model, self._role = model, role
-        self._slots = Slots(rows)
+        self._slots = Slots()
 
     def join(self, job: Generation) -> None:
         """Take over a job after its `work`."""

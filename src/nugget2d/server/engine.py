@@ -46,7 +46,7 @@ class Engine:
         self._model, self._slots, self._queue, self._on_step = model, slots, queue, on_step
         self._waiting: deque[Job] = deque()
         self._unshared: list[_Unshared] = []  # in the order of arrival
-        self._batches: dict[Role, Batch] = {role: Batch(model, role, slots) for role in ("base", "decoder")}
+        self._batches: dict[Role, Batch] = {role: Batch(model, role) for role in ("base", "decoder")}
         self._turns = 0
         self._changed = threading.Condition()
         self._closing = False
@@ -167,4 +167,4 @@ class Engine:
             except Exception as error:
                 for job in batch.jobs:
                     job.emit(Failed(error))
-                self._batches[role] = Batch(self._model, role, self._slots)
+                self._batches[role] = Batch(self._model, role)

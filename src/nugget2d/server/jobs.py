@@ -165,7 +165,7 @@ class Generation(Job):
         """
         super().__init__(emit, seconds, sum(len(piece.ids) for piece in head) + len(ids))
         self.role: Role = "decoder" if head or memory is not None else "base"
-        self.slots = Slots(1)
+        self.slots = Slots()
         self.position = self.token = 0
         self.max_new_tokens, self.done = max_new_tokens, False
         self._ends: frozenset[int] = frozenset()

@@ -25,11 +25,11 @@ class Slots(DynamicCache):
         lengths: slots filled, of each row.
     """
 
-    def __init__(self, rows: int) -> None:
-        """Empty, with room for so many rows before the buffers must grow."""
+    def __init__(self) -> None:
+        """Empty."""
         super().__init__()
         self.lengths: list[int] = []
-        self._rows, self._capacity = rows, 0
+        self._rows, self._capacity = 1, 0
         self._buffers: list[tuple[Tensor, Tensor]] = []  # of each layer: (rows, kv_heads, capacity, head_dim)
 
     def add(self, keys: Sequence[Tensor], values: Sequence[Tensor], capacity: int) -> None:
@@ -56,7 +56,7 @@ class Slots(DynamicCache):
                 for buffer in buffers:
                     buffer[index, :, :length] = buffer[last, :, :length]
         if not self.lengths:  # one long request must not hold its memory for ever
-            self._buffers, self._capacity = [], 0
+            self._buffers, self._rows, self._capacity = [], 1, 0
 
     def advance(self, queries: int) -> None:
         """From now on what a pass of `queries` inputs has written counts."""
