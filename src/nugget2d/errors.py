@@ -29,6 +29,14 @@ class MismatchError(NuggetError):
     """A memory was made by another model than the one asked to read it."""
 
 
+class StoreError(NuggetError):
+    """A store cannot be opened, read or written, or is of a newer version."""
+
+
+class UnknownMemoryError(StoreError):
+    """A store has no memory of that id (or none that this owner may see)."""
+
+
 class RecipeError(NuggetError):
     """A training recipe has a wrong key or value."""
 

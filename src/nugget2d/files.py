@@ -15,7 +15,8 @@ def atomic_write(path: Path | str, *, force: bool = True) -> Iterator[BinaryIO]:
     """Yield a binary file that becomes `path` only when the block ends without an error.
 
     Bytes go to a temporary name in the same folder (a rename is atomic only within a file system), are flushed
-    to disk, then renamed. On any error the temporary file is removed and `path` keeps what it had.
+    to disk, then renamed, and the folder is flushed: a block that ended is a file that a power cut leaves. On any error
+    before the rename the temporary file is removed and `path` keeps what it had.
 
     Raises:
         OutputError: `path` exists and `force` is false, or the system refuses the write (disk full, no folder).
@@ -33,10 +34,22 @@ def atomic_write(path: Path | str, *, force: bool = True) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         Path(temporary).chmod(0o666 & ~_umask())
         Path(temporary).replace(path)
+        sync_folder(path.parent)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in `folder` to disk: a new name is lost with the power until then."""
+    if os.name == "nt":  # no such thing there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_writable(path: Path, *, force: bool) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -245,14 +245,17 @@ class Memory:
         Raises:
             OutputError: the file exists and `force` is false, or it cannot be written.
         """
-        memory = self if dtype is None else self.to(dtype)
-        tensors = memory._tensors()
-        header = json.dumps(memory._header(), sort_keys=True)
-        metadata = {"format": FORMAT, "version": str(VERSION), "header": header}
-        data = save_tensors(tensors, {**metadata, "checksum": _checksum(tensors, header)})
+        data = (self if dtype is None else self.to(dtype)).to_bytes()
         with atomic_write(path, force=force) as file:
             file.write(data)
         return len(data)
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes; the same memory gives the same bytes."""
+        tensors = self._tensors()
+        header = json.dumps(self._header(), sort_keys=True)
+        metadata = {"format": FORMAT, "version": str(VERSION), "header": header}
+        return save_tensors(tensors, {**metadata, "checksum": _checksum(tensors, header)})
 
     @staticmethod
     def load(path: Path | str) -> "Memory":
@@ -265,22 +268,57 @@ class Memory:
             data = Path(path).read_bytes()
         except OSError as error:
             raise MemoryFileError(f"cannot read memory {path}: {error.strerror or error}") from error
-        metadata = _metadata(data, path)
-        if metadata.get("format") != FORMAT:
-            raise MemoryFileError(f"{path} is not a memory file; make one with `nugget2d compress`")
-        if not metadata.get("version", "").isdigit():
-            raise MemoryFileError(_damaged(path))
-        if metadata["version"] != str(VERSION):
-            raise MemoryFileError(
-                f"{path} has format version {metadata['version']}, this package reads {VERSION}; upgrade it"
-            )
+        return Memory.from_bytes(data, path)
+
+    @staticmethod
+    def from_bytes(data: bytes, source: Path | str) -> "Memory":
+        """The memory that `to_bytes` made `data` of; `source` is what errors call it.
+
+        Raises:
+            MemoryFileError: not a memory, of a newer format, truncated or damaged.
+        """
+        metadata = _metadata(data, source)
         try:
             tensors = load_tensors(data)
         except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            raise MemoryFileError(_damaged(source)) from error
+        return Memory._checked(tensors, metadata, source, verify=True)
+
+    @staticmethod
+    def map(path: Path | str, *, verify: bool = True) -> "Memory":
+        """The same as `load`, but the tensors stay in the file and are paged in as they are touched.
+
+        Only for files that nobody changes in place: one that is cut short while it is mapped ends the process. What
+        is written to the tensors stays private.
+
+        Args:
+            path: of a file written by `save`.
+            verify: False leaves out the checksum, which would read the whole file: then a layer is read when it is
+                first looked at, and damage in it goes unnoticed.
+
+        Raises:
+            MemoryFileError: missing, not a memory, of a newer format, truncated or damaged.
+        """
+        try:
+            with Path(path).open("rb") as file:
+                length = file.read(8)
+                metadata = _metadata(length + file.read(int.from_bytes(length, "little")), path)
+            with safe_open(path, "pt") as tensors:
+                named = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+        except OSError as error:
+            raise MemoryFileError(f"cannot read memory {path}: {error.strerror or error}") from error
+        except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
             raise MemoryFileError(_damaged(path)) from error
-        if metadata.get("checksum") != _checksum(tensors, metadata.get("header", "")):
-            raise MemoryFileError(_damaged(path))
-        return Memory._from_parts(tensors, json.loads(metadata["header"]))
+        return Memory._checked(named, metadata, path, verify=verify)
+
+    @staticmethod
+    def _checked(tensors: dict[str, Tensor], metadata: dict[str, str], source: Path | str, *, verify: bool) -> "Memory":
+        if verify and metadata.get("checksum") != _checksum(tensors, metadata.get("header", "")):
+            raise MemoryFileError(_damaged(source))
+        try:
+            return Memory._from_parts(tensors, json.loads(metadata["header"]))
+        except (ValueError, KeyError, TypeError) as error:  # what only an unverified header can hold
+            raise MemoryFileError(_damaged(source)) from error
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {
@@ -333,14 +371,23 @@ class Memory:
 
 
 def _metadata(data: bytes, path: Path | str) -> dict[str, str]:
-    """The string metadata of safetensors bytes: 8 bytes of length, then a JSON header."""
+    """The string metadata of a memory: safetensors begin with 8 bytes of length, then a JSON header."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or not data[8:9] == b"{":
         raise MemoryFileError(f"{path} is not a memory file; make one with `nugget2d compress`")
     try:
-        return json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     except (ValueError, AttributeError) as error:
         raise MemoryFileError(_damaged(path)) from error
+    if metadata.get("format") != FORMAT:
+        raise MemoryFileError(f"{path} is not a memory file; make one with `nugget2d compress`")
+    if not metadata.get("version", "").isdigit():
+        raise MemoryFileError(_damaged(path))
+    if metadata["version"] != str(VERSION):
+        raise MemoryFileError(
+            f"{path} has format version {metadata['version']}, this package reads {VERSION}; upgrade it"
+        )
+    return metadata
 
 
 def _checksum(tensors: dict[str, Tensor], header: str) -> str:
