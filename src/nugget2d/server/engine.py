@@ -136,25 +136,30 @@ class Engine:
             self._unshared.append(_Unshared(job, job.work(self._model), job.size))
 
     def _work(self) -> None:
-        """Work that is not shared, for a bounded time."""
+        """Work that is not shared: one piece, and more as long as there is time."""
         end = time.monotonic() + WORK_SECONDS
-        while self._unshared and time.monotonic() < end:
+        while self._unshared:
             # the shortest, so that it does not wait for a long one; every other turn the oldest, so that it gets done
             self._turns += 1
             oldest = self._turns % 2 == 0
             chosen = self._unshared[0] if oldest else min(self._unshared, key=lambda unshared: unshared.left)
-            try:
-                chosen.left = next(chosen.work)
-                continue
-            except StopIteration:
-                pass
-            except Exception as error:
-                chosen.job.emit(Failed(error))
-                chosen.job.cancelled = True
-            self._unshared.remove(chosen)
-            job = chosen.job
-            if isinstance(job, Generation) and not job.done and not job.cancelled:
+            if not self._advance(chosen):
+                self._unshared.remove(chosen)
+            if time.monotonic() >= end:
+                break
+
+    def _advance(self, unshared: _Unshared) -> bool:
+        """One piece of work; False if it was the last. A job that goes on by steps joins those like it."""
+        job = unshared.job
+        try:
+            unshared.left = next(unshared.work)
+            return True
+        except StopIteration:
+            if isinstance(job, Generation) and not job.done:
                 self._batches[job.role].join(job)
+        except Exception as error:
+            job.emit(Failed(error))
+        return False
 
     def _step(self) -> None:
         """A token for every answer."""

@@ -89,7 +89,7 @@ class Job(ABC):
         emit: takes every event, in the engine's thread; it must not wait.
         deadline: when `time.monotonic` will have passed this, the job fails.
         size: tokens that it will read.
-        cancelled: set by anyone, in any thread, who no longer waits for it.
+        cancelled: see `cancel`.
     """
 
     def __init__(self, emit: Callable[[Event], None], seconds: float, size: int) -> None:
@@ -97,6 +97,10 @@ class Job(ABC):
         self.emit, self.size = emit, size
         self.deadline = time.monotonic() + seconds
         self.cancelled = False
+
+    def cancel(self) -> None:
+        """Nobody waits for it any longer; the engine drops it before its next step. From any thread."""
+        self.cancelled = True
 
     @abstractmethod
     def work(self, model: Network) -> Work:
@@ -223,9 +227,7 @@ class Generation(Job):
         return model.prompt("continue", 1).to(model.lm.dtype)
 
 
-def compress(
-    model: Network, pieces: Sequence[Piece], ratio: float, dtype: StoreDtype
-) -> Generator[int, None, Memory]:
+def compress(model: Network, pieces: Sequence[Piece], ratio: float, dtype: StoreDtype) -> Generator[int, None, Memory]:
     """What `Nugget2D.compress` makes of the same pieces, a few segments at a time; yields how many tokens are left."""
     lengths = [len(piece.ids) for piece in pieces]
     counts = count_nuggets(lengths, ratio)

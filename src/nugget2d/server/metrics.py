@@ -13,7 +13,9 @@ class Metrics:
         """All at zero."""
         self._registry = CollectorRegistry()
         self.requests = self._counter("requests", "Requests answered.", "route", "status")
-        self.tokens = self._counter("tokens", "Tokens: of contexts as given, nuggets and whole tokens read, answers.", "kind")
+        self.tokens = self._counter(
+            "tokens", "Tokens: of contexts as given, nuggets and whole tokens read, answers.", "kind"
+        )
         self.seconds = self._histogram("request_seconds", "From request to the end of the response.", _SECONDS, "route")
         self.first_token = self._histogram("first_token_seconds", "From request to the first text.", _SECONDS)
         self.batch = self._histogram("batch_size", "Answers that shared a step.", _ANSWERS)

@@ -7,11 +7,13 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from nugget2d.errors import InputError
 from nugget2d.segmentation import Piece, split, tokenize, tokenize_after
 
-# without a chat template an answer ends where the model would go on with the next question
+# where the model would go on with the next question by itself
 PLAIN_STOP = "\nuser:"
 
 
@@ -39,18 +41,24 @@ class Prompt:
     ids: list[int]
 
 
-def chat_parts(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Part]:
-    """A conversation as text that the answer goes on from.
+def conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[Part], list[str]]:
+    """Messages as text that the answer goes on from, and the strings that end it.
 
     By the tokenizer's chat template, where it has one; else a line `role: text` for every message, then `assistant:`.
+
+    Raises:
+        InputError: the template refuses these messages.
     """
     if not tokenizer.chat_template:
         lines = [f"{message.role}: {message.text}\n" for message in messages]
-        return [Part("".join(lines) + "assistant:")]
+        return [Part("".join(lines) + "assistant:")], [PLAIN_STOP]
     # the template is filled with marks that no client can guess: what it wrote and what they wrote stay apart
     marks = [uuid.uuid4().hex for _ in messages]
     turns = [{"role": message.role, "content": mark} for message, mark in zip(messages, marks, strict=True)]
-    rest = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    try:
+        rest = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        raise InputError(f"the model's chat template refuses these messages: {error}") from error
     parts = []
     for message, mark in zip(messages, marks, strict=True):
         before, found, after = rest.partition(mark)
@@ -58,7 +66,7 @@ def chat_parts(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
             parts += [Part(before, special=True), Part(message.text)]
             rest = after
     parts.append(Part(rest, special=True))
-    return [part for part in parts if part.text]
+    return [part for part in parts if part.text], []
 
 
 def fit(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Part], limit: int, window: int, *, after: bool) -> Prompt:
@@ -82,7 +90,9 @@ def fit(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Part], limit: int, w
         if part.special:
             units.append((part, len(_tokens(tokenizer, [part], after=True))))
         else:
-            units += [(Part(piece.text), len(piece.ids)) for piece in split(tokenizer, part.text, min(window, limit // 2))]
+            units += [
+                (Part(piece.text), len(piece.ids)) for piece in split(tokenizer, part.text, min(window, limit // 2))
+            ]
     first, whole = len(units) - 1, units[-1][1]
     while first > 1 and whole + units[first - 1][1] <= limit // 2:
         first -= 1
