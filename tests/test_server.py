@@ -121,8 +121,8 @@ def test_a_chat_without_template_is_lines_of_roles(server: Running, llama: Nugge
 
 
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'user' and loop.first and m.role != 'user' %}{% endif %}"
-    f"{tiny.END}{{{{ m.role }}}}\n{{{{ m.content }}}}{{% endfor %}}{tiny.END}assistant\n"
+    f"{{% for m in messages %}}{tiny.END}{{{{ m.role + '\\n' + m.content }}}}{{% endfor %}}"
+    f"{tiny.END}assistant{{{{ '\\n' }}}}"
 )
 
 
@@ -204,7 +204,7 @@ def test_a_key_sees_its_own_memories_only(llama: Nugget2D, tmp_path: Path, capfd
         mine = server.http("first-secret").post("/v1/memories", json={"text": "Beans and peas."}).json()["id"]
         other = server.http("second-secret")
         assert other.get("/v1/memories").json()["data"] == []
-        body = {"model": "tiny", "prompt": "a", "memory_ids": [mine]}
+        body = {"model": "tiny", "prompt": "a", "memory_ids": [mine], "max_tokens": 4}
         for response in (
             other.get(f"/v1/memories/{mine}"),
             other.delete(f"/v1/memories/{mine}"),
@@ -214,8 +214,8 @@ def test_a_key_sees_its_own_memories_only(llama: Nugget2D, tmp_path: Path, capfd
         theirs = other.post("/v1/memories", json={"text": "Beans and peas."}).json()["id"]
         assert theirs != mine
         assert server.http("first-secret").post("/v1/completions", json=body).status_code == 200
-        for key in ("", "none", "first-secre", "first-secret2", "first-secret\tx"):
-            response = httpx.get(f"{server.url}/v1/memories", headers={"Authorization": f"Bearer {key}x"[:-1]})
+        for header in ("none", "Bearer none", "Bearer first-secre", "Bearer first-secret2", "Basic first-secret"):
+            response = httpx.get(f"{server.url}/v1/memories", headers={"Authorization": header})
             assert response.status_code == 401 and response.json()["error"]["type"] == "authentication_error"
         with pytest.raises(openai.AuthenticationError):
             server.client("third").models.list()
@@ -249,9 +249,10 @@ def test_owners_are_told_apart_by_the_whole_key() -> None:
         ("POST", "/v1/completions", {"model": "tiny", "prompt": "a", "n": 2}, 422, "n: "),
         ("POST", "/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 9999}, 400, "allows 1024"),
         ("POST", "/v1/completions", {"model": "tiny", "prompt": "a", "memory_ids": ["x"]}, 404, "no memory 'x'"),
-        ("POST", "/v1/completions", {"model": "tiny", "prompt": "\ud800"}, 422, "unicode"),
-        ("POST", "/v1/completions", {"model": "\ud800"}, 422, "unicode"),
-        ("POST", "/v1/completions", {"model": "tiny", "\ud800": 1}, 422, "\\ud800"),
+        ("POST", "/v1/completions", {"model": "tiny", "prompt": "\ud800"}, 400, "surrogate"),
+        ("POST", "/v1/completions", {"model": "\ud800"}, 422, "surrogates"),
+        ("POST", "/v1/completions", {"model": "tiny", "\ud800": 1}, 422, "unicode"),
+        ("POST", "/v1/memories", {"text": "a", "tags": ["\ud800"]}, 422, "tags.0"),
         ("POST", "/v1/completions", "not an object", 422, "valid dictionary"),
         ("POST", "/v1/chat/completions", {"model": "tiny", "messages": []}, 422, "at least 1"),
         ("POST", "/v1/memories", {"text": ""}, 422, "text"),
@@ -327,20 +328,14 @@ def test_a_full_queue_answers_429(llama: Nugget2D, tmp_path: Path) -> None:
 
 
 def test_a_client_who_leaves_frees_its_slot(llama: Nugget2D, tmp_path: Path) -> None:
+    body = LONG | {"max_tokens": 4000}
     with serving(llama, tmp_path, slots=1, max_tokens=4000) as server:
-        for stream in (True, False):
-            with pytest.raises(httpx.TimeoutException):
-                httpx.post(
-                    f"{server.url}/v1/completions", json=LONG | {"max_tokens": 4000, "stream": stream}, timeout=0.3
-                ).read() if not stream else _hang_up(server)
-            assert idle(server)
-
-
-def _hang_up(server: Running) -> None:
-    """Read a little of a stream, then leave."""
-    with server.http().stream("POST", "/v1/completions", json=LONG | {"max_tokens": 4000, "stream": True}) as response:
-        next(response.iter_raw())
-    raise httpx.ReadTimeout("left")
+        with server.http() as http, http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+            next(response.iter_raw())
+        assert idle(server)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.5)
+        assert idle(server)
 
 
 def test_a_client_who_does_not_read_blocks_nobody(llama: Nugget2D, tmp_path: Path) -> None:

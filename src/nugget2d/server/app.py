@@ -24,8 +24,8 @@ def make_app(service: Service, keys: Keys) -> ASGIApp:
     """Everything that is served, behind its gate."""
     # no pages about the API: they would load scripts from elsewhere
     app = FastAPI(title="nugget2d", version=__version__, docs_url=None, redoc_url=None)
-    # the gate has checked the key already: this is for the document
-    documents_key = [Security(HTTPBearer(auto_error=False))]
+    # the gate checks the key: this is for the document
+    documents_key = [Security(HTTPBearer(auto_error=False))] if keys.asked else []
     for routes in (_models(service), completions(service), memories(service)):
         app.include_router(routes, dependencies=documents_key)
     app.include_router(_upkeep(service))

@@ -39,8 +39,7 @@ class Batch:
         """One more token for every answer."""
         model, jobs = self._model, tuple(self.jobs)
         tokens = torch.tensor([[job.token] for job in jobs], device=model.device)
-        with torch.no_grad():
-            logits = read(model, self._role, self._slots, model.embed(tokens), [job.position for job in jobs])
+        logits = read(model, self._role, self._slots, model.embed(tokens), [job.position for job in jobs])
         for job, row in zip(jobs, logits, strict=True):
             job.position += 1
             job.take(row)

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from nugget2d.errors import OverloadError, ShutdownError, TimeLimitError
 from nugget2d.network import Network
 from nugget2d.parameters import Role
@@ -95,6 +97,7 @@ class Engine:
 
     # ---- in the thread ----
 
+    @torch.no_grad()
     def _run(self) -> None:
         while True:
             with self._changed:

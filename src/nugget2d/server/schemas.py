@@ -5,13 +5,21 @@ Fields that would change the answer and are not supported are refused, unless th
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from nugget2d.config import Frozen
 from nugget2d.states import StoreDtype
 
+
+def _utf8(text: str) -> str:
+    """JSON can hold what no file, database or response can: half of a surrogate pair."""
+    text.encode()  # UnicodeEncodeError is a ValueError
+    return text
+
+
+Word = Annotated[str, AfterValidator(_utf8)]
 StopString = Annotated[str, Field(min_length=1, max_length=200)]
-Tag = Annotated[str, Field(max_length=100)]
+Tag = Annotated[Word, Field(max_length=100)]
 Zero = Literal[0] | None
 
 
@@ -39,8 +47,8 @@ class Generating(Frozen):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    model: str
-    memory_ids: list[str] = Field(default=[], max_length=64)
+    model: Word
+    memory_ids: list[Word] = Field(default=[], max_length=64)
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -103,7 +111,7 @@ class MemoryRequest(Frozen):
     model_config = ConfigDict(allow_inf_nan=False)
 
     text: str = Field(min_length=1)
-    name: str = Field(default="", max_length=200)
+    name: Word = Field(default="", max_length=200)
     tags: list[Tag] = Field(default=[], max_length=32)
     ratio: float | None = Field(default=None, ge=1, le=1e6)
     dtype: StoreDtype | None = None

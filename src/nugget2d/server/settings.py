@@ -42,6 +42,11 @@ class Keys:
         """Without keys everyone may ask, and all are one owner."""
         self._owners = [_digest(key) for key in keys]
 
+    @property
+    def asked(self) -> bool:
+        """Whether there are any."""
+        return bool(self._owners)
+
     def owner(self, authorization: str) -> str | None:
         """The owner that an Authorization header speaks for; None if it may not ask.
 

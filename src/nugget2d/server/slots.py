@@ -114,7 +114,6 @@ class Slots(DynamicCache):
                 new[:count, :, :width] = states[:count, :, :width]
 
 
-@torch.no_grad()
 def read(model: Network, role: Role, slots: Slots, embeds: Tensor, positions: Sequence[int]) -> Tensor:
     """(B, V) what comes after inputs (B, q, d), each row's first at its own position; `slots` keeps their states.
 
