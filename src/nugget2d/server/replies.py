@@ -4,7 +4,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -30,13 +30,13 @@ Reason = Literal["stop", "length"]
 
 
 class Reply(ABC):
-    """How one answer is put into words for its client."""
+    """How one answer is put into words for its client; `prefix` begins its id."""
+
+    prefix: str
 
     def __init__(self, model: str) -> None:
         """An answer of `model`, from now."""
-        self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-
-    prefix: str
+        self.head: dict[str, Any] = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     @abstractmethod
     def whole(self, text: str, reason: Reason, usage: Usage) -> BaseModel:
