@@ -3,9 +3,9 @@
     python benchmarks/serving.py --data ../shared/data/lm/enwiki2015.val.jsonl.xz --out benchmarks/results/serving.json
 
 A server process of its own; for every number of clients, each asks its questions one after another, first with the id
-of a document's memory, then with the document's text before the same question. Both are read to their end: the server's
-`--max-context` is large enough for all of the text, and the memory's nuggets reach as far. (`nano` was trained for 1,024
-tokens: this measures time, not answers.) Tokens of all answers are the likeliest ones.
+of a document's memory, then with the document's text before the same question. Both are read to their end: the
+server's `--max-context` is large enough for all of the text, and the memory's nuggets reach as far. (`nano` was trained
+for 1,024 tokens: this measures time, not answers.) Answers take the likeliest token every time.
 
 Figures of each side: requests a second, answer tokens a second, and percentiles over requests (nearest rank: with few
 requests p99 is the slowest) of the time to the first token and to the last.
@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 
 from nugget2d import Nugget2D
 from nugget2d.evaluation.report import markdown_table, write_report
@@ -88,8 +86,7 @@ def main() -> None:
     print(markdown_table(keys, [[row.get(key, "") for key in keys] for row in rows]))
     figures = {
         "model": model,
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
         "document_tokens": memory["num_tokens"],
         "nuggets": memory["num_nuggets"],
         "new_tokens": options.new_tokens,

@@ -250,12 +250,16 @@ class Memory:
             file.write(data)
         return len(data)
 
+    @property
+    def checksum(self) -> str:
+        """32 hexadecimal digits of everything in this memory. Its files may differ: safetensors shuffle metadata."""
+        return _checksum(self._tensors(), json.dumps(self._header(), sort_keys=True))
+
     def to_bytes(self) -> bytes:
-        """What `save` writes; the same memory gives the same bytes."""
-        tensors = self._tensors()
+        """What `save` writes."""
         header = json.dumps(self._header(), sort_keys=True)
-        metadata = {"format": FORMAT, "version": str(VERSION), "header": header}
-        return save_tensors(tensors, {**metadata, "checksum": _checksum(tensors, header)})
+        metadata = {"format": FORMAT, "version": str(VERSION), "header": header, "checksum": self.checksum}
+        return save_tensors(self._tensors(), metadata)
 
     @staticmethod
     def load(path: Path | str) -> "Memory":

@@ -8,7 +8,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nugget2d.cli.options import DEFAULT_MODEL, Dtype, Force, ModelName, Ratio, SelectionOption
+from nugget2d.cli.options import (
+    DEFAULT_MODEL,
+    DtypeOption,
+    Exact,
+    Force,
+    ModelName,
+    Quality,
+    Ratio,
+    Refine,
+    SelectionOption,
+)
 from nugget2d.cli.shared import against, figures, load_model, progress, read_source
 from nugget2d.files import check_writable
 
@@ -20,20 +30,10 @@ def compress(
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="A UTF-8 text; - reads standard input.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the memory.")],
     ratio: Ratio = None,
-    quality: Annotated[
-        float | None,
-        typer.Option("--quality", help="Choose each segment's ratio: this share of its tokens must read back right."),
-    ] = None,
-    refine: Annotated[
-        int,
-        typer.Option(
-            "--refine", metavar="STEPS", help="Improve the nuggets by gradient steps, until --quality or all is right."
-        ),
-    ] = 0,
-    exact: Annotated[bool, typer.Option("--exact", help="Also keep what makes the very same text come back.")] = False,
-    dtype: Annotated[
-        Dtype | None, typer.Option("--dtype", help="How to keep the states.", show_default="the model's precision")
-    ] = None,
+    quality: Quality = None,
+    refine: Refine = 0,
+    exact: Exact = False,
+    dtype: DtypeOption = None,
     model: ModelName = DEFAULT_MODEL,
     selection: SelectionOption = None,
     force: Force = False,

@@ -36,7 +36,8 @@ class Reply(ABC):
 
     def __init__(self, model: str) -> None:
         """An answer of `model`, from now."""
-        self.head: dict[str, Any] = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        identity = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.head: dict[str, Any] = {"id": identity, "created": int(time.time()), "model": model}
 
     @abstractmethod
     def whole(self, text: str, reason: Reason, usage: Usage) -> BaseModel:

@@ -1,10 +1,12 @@
 """What a place must be able to do to be a store; folder.py and bucket.py do it."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
+from pydantic import ValidationError
+
+from nugget2d.errors import StoreError
 from nugget2d.memory import Memory
 from nugget2d.store.record import Record
 
@@ -26,14 +28,37 @@ class Swept(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """What is written for a record: the record itself and the vectors it is searched by, as bytes."""
+    """What is written for a record: the record itself, and the vectors it is searched by as bytes."""
 
     record: Record
     vectors: bytes
 
+    @property
+    def text(self) -> bytes:
+        """The record as JSON."""
+        return self.record.model_dump_json().encode()
+
+    @property
     def digest(self) -> bytes:
         """Checksum of both."""
-        return blake2b(self.record.model_dump_json().encode() + b"\0" + self.vectors, digest_size=16).digest()
+        return entry_digest(self.text, self.vectors)
+
+
+def entry_digest(text: bytes, vectors: bytes) -> bytes:
+    """Checksum of a record, as JSON, and its vectors."""
+    return blake2b(text + b"\0" + vectors, digest_size=16).digest()
+
+
+def read_record(record_id: str, text: bytes) -> Record:
+    """A record from its JSON.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    try:
+        return Record.model_validate_json(text)
+    except ValidationError as error:
+        raise StoreError(f"record {record_id} is damaged; remove it and add its text again") from error
 
 
 class Backend(Protocol):
@@ -48,28 +73,32 @@ class Backend(Protocol):
     def records(self) -> list[Record]:
         """All records, oldest first."""
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> list[Entry]:
         """All records with their vectors, oldest first."""
 
     def load(self, record: Record, *, verify: bool) -> Memory:
         """The memory of a record.
 
         Raises:
+            UnknownMemoryError: it was removed meanwhile.
             StoreError: its file is missing.
-            MemoryFileError: it is damaged.
+            MemoryFileError: its file is damaged.
         """
 
     def find(self, key: str) -> Memory | None:
         """An undamaged memory at a content address, whoever's it is."""
 
-    def remove(self, record: Record) -> None:
-        """Forget a record, and its file if no other record leads there."""
+    def remove(self, record_id: str) -> bool:
+        """Forget a record, and its file if no other record leads there; whether there was one."""
 
     def verify(self) -> list[Damage]:
         """Read everything and check it."""
 
     def sweep(self) -> Swept:
         """Remove files that no record leads to and that are too old to be somebody's who is still writing."""
+
+    def place(self, record: Record) -> str:
+        """Where the file of a record is, for people."""
 
     def close(self) -> None:
         """Let go of files and connections."""

@@ -3,19 +3,26 @@
     index.db              records, vectors, checksums of both
     memories/ab/abcd...   files named by content address; records of several owners may lead to one
 
+A memory is written in this order: its file (flushed, renamed into place, folder flushed), then its row, in a
+transaction that is flushed when it ends (synchronous=FULL). The row is the acknowledgement: a crash before it leaves a
+file that no record leads to, for `sweep`. Files are removed only under SQLite's one write lock, and a row is inserted
+under the same lock, after a look that its file is (still) there: no order of events leaves a record without its file.
+The index of a new store is made elsewhere and linked into place whole.
 """
 
 import sqlite3
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import quote
 
-from nugget2d.errors import MemoryFileError, NuggetError, OutputError, StoreError
+from nugget2d.errors import MemoryFileError, NuggetError, OutputError, StoreError, UnknownMemoryError
 from nugget2d.files import atomic_write, sync_folder
 from nugget2d.memory import Memory
-from nugget2d.store.backend import Damage, Entry, Swept
+from nugget2d.store.backend import Damage, Entry, Swept, entry_digest, read_record
 from nugget2d.store.record import Record
 
 APPLICATION_ID = 0x6E756732  # "nug2": `file index.db` tells what it is
@@ -23,10 +30,13 @@ VERSION = 1
 BUSY_SECONDS = 60  # another writer's transaction takes milliseconds
 ORPHAN_SECONDS = 3600  # between a file and its row there are milliseconds, too
 
-_SCHEMA = """
+_SCHEMA = f"""
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {VERSION};
+PRAGMA journal_mode = WAL;
 CREATE TABLE records (
     id TEXT PRIMARY KEY, key TEXT NOT NULL, created TEXT NOT NULL,
-    record TEXT NOT NULL, vectors BLOB NOT NULL, digest BLOB NOT NULL
+    record BLOB NOT NULL, vectors BLOB NOT NULL, digest BLOB NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX records_by_key ON records (key);
 CREATE INDEX records_by_age ON records (created, id);
@@ -47,47 +57,45 @@ class Folder:
         if not self._index.is_file():
             if not create:
                 raise StoreError(f"there is no store at {path}; `nugget2d store add` makes one")
-            try:
-                self._memories.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise StoreError(f"cannot make a store at {path}: {error.strerror or error}") from error
+            self._make()
         with self._errors():
-            self._db = self._connect()
+            self._db = self._open()
 
     def keep(self, entry: Entry, data: bytes) -> Record:
         """See `Backend`."""
-        path = self._path(entry.record.key)
+        record, path = entry.record, self._path(entry.record.key)
+        row = (record.id, record.key, record.created, entry.text, entry.vectors, entry.digest)
         while True:
             self._write(path, data)
             with self._transaction() as db:
                 if not path.is_file():
-                    continue  # swept since: it had no row yet
-                row = (entry.record.id, entry.record.key, entry.record.created, entry.record.model_dump_json())
-                db.execute(
-                    "INSERT OR IGNORE INTO records VALUES (?, ?, ?, ?, ?, ?)", (*row, entry.vectors, entry.digest())
-                )
-            return self.record(entry.record.id) or entry.record
+                    continue  # swept since: no row led to it yet
+                if not db.execute("INSERT OR IGNORE INTO records VALUES (?, ?, ?, ?, ?, ?)", row).rowcount:
+                    (text,) = db.execute("SELECT record FROM records WHERE id = ?", row[:1]).fetchone()
+                    record = read_record(record.id, text)
+            return record
 
     def record(self, record_id: str) -> Record | None:
         """See `Backend`."""
         rows = self._rows("SELECT record FROM records WHERE id = ?", record_id)
-        return next((Record.model_validate_json(row[0]) for row in rows), None)
+        return read_record(record_id, rows[0][0]) if rows else None
 
     def records(self) -> list[Record]:
         """See `Backend`."""
-        return [
-            Record.model_validate_json(row[0]) for row in self._rows("SELECT record FROM records ORDER BY created, id")
-        ]
+        rows = self._rows("SELECT id, record FROM records ORDER BY created, id")
+        return [read_record(record_id, text) for record_id, text in rows]
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> list[Entry]:
         """See `Backend`."""
-        for record, vectors in self._rows("SELECT record, vectors FROM records ORDER BY created, id"):
-            yield Entry(Record.model_validate_json(record), vectors)
+        rows = self._rows("SELECT id, record, vectors FROM records ORDER BY created, id")
+        return [Entry(read_record(record_id, text), vectors) for record_id, text, vectors in rows]
 
     def load(self, record: Record, *, verify: bool) -> Memory:
         """See `Backend`; the file is mapped into memory, not read."""
         path = self._path(record.key)
         if not path.is_file():
+            if self.record(record.id) is None:
+                raise UnknownMemoryError(f"memory {record.id} was removed just now")
             raise StoreError(f"memory {record.id} has lost its file {path}; remove it and add its text again")
         return Memory.map(path, verify=verify)
 
@@ -98,41 +106,41 @@ class Folder:
         except MemoryFileError:
             return None
 
-    def remove(self, record: Record) -> None:
+    def remove(self, record_id: str) -> bool:
         """See `Backend`."""
         with self._transaction() as db:
-            db.execute("DELETE FROM records WHERE id = ?", (record.id,))
-        # not in the same transaction: a crash between must leave a file too many, not a row too many
-        self._unlink_orphan(self._path(record.key), 0)
+            rows = db.execute("DELETE FROM records WHERE id = ? RETURNING key", (record_id,)).fetchall()
+        if not rows:
+            return False
+        # in a transaction of its own: a crash between the two must leave a file too many, not a row too many
+        self._remove_orphan(self._path(rows[0][0]), 0)
+        return True
 
     def verify(self) -> list[Damage]:
         """See `Backend`."""
-        damages = []
-        for (problem,) in self._rows("PRAGMA integrity_check"):
-            if problem != "ok":
-                damages.append(Damage("", str(self._index), problem))
-        broken: dict[str, str] = {}
-        for row_id, key, text, vectors, digest in self._rows(
+        problems = [problem for (problem,) in self._rows("PRAGMA integrity_check")]
+        damages = [Damage("", str(self._index), problem) for problem in problems if problem != "ok"]
+        reasons: dict[str, str | None] = {}  # of each file, read once however many records lead there
+        for record_id, key, text, vectors, digest in self._rows(
             "SELECT id, key, record, vectors, digest FROM records ORDER BY created, id"
         ):
-            try:
-                entry = Entry(Record.model_validate_json(text), vectors)
-                if entry.digest() != digest:
-                    raise ValueError
-            except ValueError:
-                damages.append(Damage(row_id, str(self._index), "its record does not match its checksum"))
-            try:
-                Memory.map(self._path(key))
-            except NuggetError as error:
-                broken[key] = str(error)
-                damages.append(Damage(row_id, str(self._path(key)), str(error)))
+            if entry_digest(text, vectors) != digest:
+                damages.append(Damage(record_id, str(self._index), "its record does not match its checksum"))
+            if key not in reasons:
+                reasons[key] = self._problem(key)
+            if (reason := reasons[key]) is not None:
+                damages.append(Damage(record_id, str(self._path(key)), reason))
         return damages
 
     def sweep(self) -> Swept:
-        """See `Backend`; half-written files too."""
-        sizes = [self._unlink_orphan(path, ORPHAN_SECONDS) for path in self._memories.glob("*/*")]
+        """See `Backend`; half-written files are among them."""
+        sizes = [self._remove_orphan(path, ORPHAN_SECONDS) for path in self._memories.glob("*/*")]
         removed = [size for size in sizes if size is not None]
         return Swept(len(removed), sum(removed))
+
+    def place(self, record: Record) -> str:
+        """See `Backend`."""
+        return str(self._path(record.key))
 
     def close(self) -> None:
         """See `Backend`."""
@@ -141,6 +149,13 @@ class Folder:
 
     def _path(self, key: str) -> Path:
         return self._memories / key[:2] / f"{key}.nugget"
+
+    def _problem(self, key: str) -> str | None:
+        try:
+            Memory.map(self._path(key))
+        except NuggetError as error:
+            return str(error)
+        return None
 
     def _write(self, path: Path, data: bytes) -> None:
         try:
@@ -152,8 +167,8 @@ class Folder:
         with atomic_write(path) as file:
             file.write(data)
 
-    def _unlink_orphan(self, path: Path, age: float) -> int | None:
-        """Remove a file that no record leads to and that was last written `age` seconds ago; its size if it was one."""
+    def _remove_orphan(self, path: Path, age: float) -> int | None:
+        """Remove a file that no record leads to, if nobody wrote it in the last `age` seconds; its size if removed."""
         with self._transaction() as db:
             if db.execute("SELECT 1 FROM records WHERE key = ?", (path.stem,)).fetchone():
                 return None
@@ -164,6 +179,8 @@ class Folder:
                 path.unlink()
             except FileNotFoundError:
                 return None
+            except OSError as error:
+                raise OutputError(f"cannot remove {path}: {error.strerror or error}") from error
             return status.st_size
 
     def _rows(self, query: str, *values: str) -> list[tuple]:
@@ -183,33 +200,54 @@ class Folder:
                     self._db.execute("ROLLBACK")
                 raise
 
-    def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._index, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        self._migrate(db)
-        return db
-
-    def _migrate(self, db: sqlite3.Connection) -> None:
-        """Make the tables of a new store; refuse what is not one."""
-        db.execute("BEGIN IMMEDIATE")  # two that make the same store
-        (version,), (application,) = (
-            db.execute(f"PRAGMA {name}").fetchone() for name in ("user_version", "application_id")
-        )
-        if version == 0 and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
-            for statement in _SCHEMA.split(";"):
-                db.execute(statement)
-            db.execute(f"PRAGMA user_version = {VERSION}")
-            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        elif application != APPLICATION_ID:
-            raise StoreError(f"{self._index} is no store of memories; give another folder")
-        elif version != VERSION:
-            raise StoreError(f"{self._index} has version {version}, this package reads {VERSION}; upgrade it")
-        db.execute("COMMIT")
-
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
             raise StoreError(f"{self._index}: {error}") from error
+
+    def _make(self) -> None:
+        """Make an empty index; of two that do so at once, the first wins."""
+        try:
+            self._memories.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self._memories, prefix=".new.") as folder, self._errors():
+                index = Path(folder, "index.db")
+                db = sqlite3.connect(index, isolation_level=None)
+                db.executescript(_SCHEMA)
+                db.close()
+                with suppress(FileExistsError):
+                    self._index.hardlink_to(index)
+            sync_folder(self._index.parent)
+        except OSError as error:
+            raise StoreError(f"cannot make a store at {self._index.parent}: {error.strerror or error}") from error
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            db = self._connect("mode=rw")
+        except sqlite3.OperationalError:
+            # In a folder that cannot be written SQLite cannot share memory with writers. If there is no log, nobody
+            # is writing, and the index alone is all there is.
+            if self._index.with_name("index.db-wal").exists():
+                raise
+            db = self._connect("immutable=1")
+        (application,), (version,) = (
+            db.execute(f"PRAGMA {name}").fetchone() for name in ("application_id", "user_version")
+        )
+        if application != APPLICATION_ID:
+            raise StoreError(f"{self._index} is not the index of a store of memories; give another folder")
+        if version != VERSION:
+            raise StoreError(f"{self._index} has version {version}, this package reads {VERSION}; upgrade it")
+        return db
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        db = sqlite3.connect(
+            f"file:{quote(str(self._index.absolute()))}?{mode}",
+            uri=True,
+            timeout=BUSY_SECONDS,
+            isolation_level=None,  # transactions begin and end where this file says so
+            check_same_thread=False,
+        )
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("SELECT 1 FROM sqlite_master").fetchone()  # opening alone reads nothing
+        return db

@@ -59,7 +59,7 @@ class Record(Frozen):
 
     Attributes:
         id: in hexadecimal digits, made of `key` and `owner`.
-        key: content address of the memory: that of text, model and settings, or of the memory's own bytes.
+        key: content address of the memory: that of text, model and settings, or the memory's own checksum.
         name: what a person calls it, such as a file name.
         tags: any words, to filter by.
         owner: namespace; a record exists for its owner only.
@@ -110,13 +110,8 @@ class Record(Frozen):
 
 
 def record_id(key: str, owner: str) -> str:
-    """The id under which `owner` has the memory at `key`: 32 hexadecimal digits."""
+    """The id under which `owner` has the memory at `key`; like it, 32 hexadecimal digits."""
     return _digest("record", key, owner)
-
-
-def file_address(data: bytes) -> str:
-    """Content address of a memory whose text and settings are not known: that of its file."""
-    return blake2b(data, digest_size=16, person=b"file").hexdigest()
 
 
 def _digest(kind: str, *parts: str) -> str:

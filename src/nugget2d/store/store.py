@@ -1,21 +1,25 @@
 """`MemoryStore`: what users call."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nugget2d.config import SelectionName
-from nugget2d.errors import UnknownMemoryError
+from nugget2d.errors import InputError, UnknownMemoryError
 from nugget2d.memory import Memory
 from nugget2d.model import Nugget2D
 from nugget2d.states import StoreDtype
 from nugget2d.store.backend import Backend, Damage, Entry, Swept
-from nugget2d.store.embedding import Embedding
+from nugget2d.store.bucket import Bucket
+from nugget2d.store.embedding import Embedding, similarities
 from nugget2d.store.folder import Folder
-from nugget2d.store.record import Record, Settings, file_address, record_id
+from nugget2d.store.record import Record, Settings, record_id
+
+_DIGITS = re.compile("[0-9a-f]{32}")  # of ids and content addresses: what becomes part of a path
 
 
 class Hit(NamedTuple):
@@ -36,13 +40,21 @@ class MemoryStore:
     Safe to use from several threads and processes at once.
     """
 
-    def __init__(self, path: Path | str, *, create: bool = True) -> None:
-        """Open the store at `path`, a folder; with `create`, make it if there is none.
+    def __init__(self, path: Path | str, *, create: bool = True, **options: Any) -> None:
+        """Open a store.
+
+        Args:
+            path: a folder, or "s3://bucket/prefix" for a bucket that exists (extra `s3`).
+            create: make the folder if there is none.
+            options: of a bucket, passed to obstore's `from_url`: endpoint, access_key_id, secret_access_key, region,
+                client_options={"allow_http": True}, ... What is left out comes from AWS_... variables.
 
         Raises:
             StoreError: there is none, it is not a store, of a newer version, or cannot be opened.
         """
-        self._backend: Backend = Folder(Path(path), create=create)
+        self._backend: Backend = (
+            Bucket(str(path), options) if "://" in str(path) else Folder(Path(path).expanduser(), create=create)
+        )
 
     def put(
         self,
@@ -58,7 +70,7 @@ class MemoryStore:
 
         Args:
             memory: what to keep.
-            key: its content address (`Settings.address`); None takes that of its own bytes.
+            key: its content address (`Settings.address`); None takes its checksum.
             name: what a person calls it.
             tags: words to filter by.
             owner: whose it is.
@@ -68,12 +80,14 @@ class MemoryStore:
             The record; the earlier one, unchanged, if this owner has this memory already.
 
         Raises:
+            InputError: a key that is no content address.
             OutputError: the file cannot be written.
             StoreError: the index cannot be.
         """
-        data = memory.to_bytes()
-        record = Record.of(memory, key or file_address(data), name=name, tags=tags, owner=owner, settings=settings)
-        return self._backend.keep(Entry(record, Embedding.of(memory).to_bytes()), data)
+        if key is not None and not _DIGITS.fullmatch(key):
+            raise InputError(f"{key!r} is no content address; take that of `Settings.address`")
+        record = Record.of(memory, key or memory.checksum, name=name, tags=tags, owner=owner, settings=settings)
+        return self._backend.keep(Entry(record, Embedding.of(memory).to_bytes()), memory.to_bytes())
 
     def add(
         self,
@@ -103,10 +117,14 @@ class MemoryStore:
             model, ratio=ratio, quality=quality, refine=refine, exact=exact, selection=selection, dtype=dtype
         )
         key = settings.address(text, model.fingerprint)
-        if (known := self._backend.record(record_id(key, owner))) is not None:
+        if (known := self.at(key, owner=owner)) is not None:
             return known
         memory = self._backend.find(key) or settings.compress(model, text, on_progress)
         return self.put(memory, key=key, name=name, tags=tags, owner=owner, settings=settings)
+
+    def at(self, key: str, *, owner: str = "") -> Record | None:
+        """The record that `owner` has at a content address (`Settings.address`), if there is one."""
+        return self._backend.record(record_id(key, owner))
 
     def get(self, id: str, *, owner: str | None = None, verify: bool = True) -> Memory:
         """The memory of a record.
@@ -132,9 +150,9 @@ class MemoryStore:
         Raises:
             UnknownMemoryError: there is no such record, or it is another owner's.
         """
-        record = self._backend.record(id)
+        record = self._backend.record(id) if _DIGITS.fullmatch(id) else None
         if record is None or owner not in (None, record.owner):
-            raise UnknownMemoryError(f"there is no memory {id!r} in this store")
+            raise _unknown(id)
         return record
 
     def records(self, *, owner: str | None = None, tag: str | None = None) -> list[Record]:
@@ -147,30 +165,49 @@ class MemoryStore:
         Raises:
             UnknownMemoryError: there is no such record, or it is another owner's.
         """
-        self._backend.remove(self.record(id, owner=owner))
+        # asked by nobody in particular, a record that cannot be read can still be removed
+        if owner is not None:
+            self.record(id, owner=owner)
+        if not _DIGITS.fullmatch(id) or not self._backend.remove(id):
+            raise _unknown(id)
 
     def search(
         self, model: Nugget2D, query: str, *, top: int = 10, owner: str | None = None, tag: str | None = None
     ) -> list[Hit]:
         """The memories whose meaning is nearest to `query`, best first, each with its best segment.
 
-        Only memories of `model` are compared. The search is exact: one matrix product over the vectors of all segments
-        (see embedding.py).
+        Only memories of `model` are compared. The search is exact: one matrix product over the vectors of all their
+        segments. Scores are cosines after these vectors were centred and whitened (see embedding.py): they compare
+        memories of one search, no more.
 
         Raises:
             InputError: an empty query.
         """
         wanted = Embedding.of(model.compress(query, ratio=1)).vectors.astype(np.float32).mean(0)
-        hits = []
-        for entry in self._backend.entries():
-            if entry.record.model != model.fingerprint or not _wanted(entry.record, owner, tag):
-                continue
-            embedding = Embedding.from_bytes(entry.vectors)
-            vectors = embedding.vectors.astype(np.float32)
-            scores = vectors @ wanted / (np.linalg.norm(vectors, axis=1) * np.linalg.norm(wanted))
-            best = int(scores.argmax())
-            hits.append(Hit(entry.record, float(scores[best]), *embedding.spans[best].tolist()))
+        entries = [
+            entry
+            for entry in self._backend.entries()
+            if entry.record.model == model.fingerprint and _wanted(entry.record, owner, tag)
+        ]
+        if not entries:
+            return []
+        embeddings = [Embedding.from_bytes(entry.vectors) for entry in entries]
+        scores = similarities(np.concatenate([one.vectors for one in embeddings]).astype(np.float32), wanted)
+        hits, first = [], 0
+        for entry, embedding in zip(entries, embeddings, strict=True):
+            own = scores[first : first + len(embedding.spans)]
+            best = int(own.argmax())
+            hits.append(Hit(entry.record, float(own[best]), *embedding.spans[best].tolist()))
+            first += len(own)
         return sorted(hits, key=lambda hit: hit.score, reverse=True)[:top]
+
+    def place(self, id: str) -> str:
+        """Where the file of a record is: a path that `Memory.load` reads, or a place in the bucket.
+
+        Raises:
+            UnknownMemoryError: there is no such record.
+        """
+        return self._backend.place(self.record(id))
 
     def verify(self) -> list[Damage]:
         """Read and check everything: what is damaged, by name; an empty list if nothing is."""
@@ -193,6 +230,10 @@ class MemoryStore:
     ) -> None:
         """See `close`."""
         self.close()
+
+
+def _unknown(id: str) -> UnknownMemoryError:
+    return UnknownMemoryError(f"there is no memory {id!r} in this store")
 
 
 def _wanted(record: Record, owner: str | None, tag: str | None) -> bool:

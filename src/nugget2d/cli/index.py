@@ -1,0 +1,85 @@
+"""`nugget2d index`: a corpus becomes memories in a store."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nugget2d.cli.options import (
+    DEFAULT_MODEL,
+    DEFAULT_STORE,
+    DtypeOption,
+    Exact,
+    ModelName,
+    Quality,
+    Ratio,
+    Refine,
+    SelectionOption,
+    StorePlace,
+    Tags,
+)
+from nugget2d.cli.shared import figures, progress, safe_to_interrupt, say
+
+if TYPE_CHECKING:
+    from nugget2d.indexing.run import Summary
+
+
+def index(
+    source: Annotated[
+        Path, typer.Argument(metavar="FOLDER|JSONL", help="A folder of .txt and .md files, a .jsonl or .jsonl.xz file.")
+    ],
+    store: StorePlace = DEFAULT_STORE,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Processes, one thread each.", show_default="one a core")
+    ] = None,
+    tag: Tags = None,
+    ratio: Ratio = None,
+    quality: Quality = None,
+    refine: Refine = 0,
+    exact: Exact = False,
+    dtype: DtypeOption = None,
+    selection: SelectionOption = None,
+    model: ModelName = DEFAULT_MODEL,
+) -> None:
+    """Compress every document of a corpus into a store; documents that it has already are skipped.
+
+    So an interrupted run is gone on with by the same command. Documents that cannot be read are named at the end.
+    """
+    with safe_to_interrupt():
+        from nugget2d.indexing.run import index as run
+        from nugget2d.indexing.work import Job
+
+    job = Job(
+        store=store,
+        model=model,
+        ratio=ratio,
+        quality=quality,
+        refine=refine,
+        exact=exact,
+        dtype=dtype,
+        selection=selection,
+        tags=tuple(tag or ()),
+    )
+    with progress("indexing", unit="documents") as on_progress:
+        summary = run(source, job, workers or os.cpu_count() or 1, on_progress)
+    for failure in summary.failures:
+        say("error", f"{failure.name}: {failure.reason}")
+    Console().print(_report(summary))
+    if summary.failures:
+        raise typer.Exit(1)
+
+
+def _report(summary: "Summary") -> Table:
+    table = figures()
+    table.add_row("documents", f"{summary.documents:,}")
+    table.add_row("added", f"{summary.added:,}")
+    table.add_row("in the store before", f"{summary.known:,}")
+    table.add_row("failed", f"{len(summary.failures):,}")
+    table.add_row("tokens compressed", f"{summary.tokens:,}")
+    table.add_row("seconds", f"{summary.seconds:.2f}")
+    table.add_row("documents a second", f"{summary.added / summary.seconds:,.2f}")
+    table.add_row("tokens a second", f"{summary.tokens / summary.seconds:,.0f}")
+    return table

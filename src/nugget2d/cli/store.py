@@ -1,0 +1,233 @@
+"""`nugget2d store`: memories kept by content, found by name, tag or meaning."""
+
+import json as json_format
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from nugget2d.cli.options import (
+    DEFAULT_MODEL,
+    DEFAULT_STORE,
+    DtypeOption,
+    Exact,
+    ModelName,
+    Quality,
+    Ratio,
+    Refine,
+    SelectionOption,
+    StorePlace,
+    Tag,
+    Tags,
+)
+from nugget2d.cli.shared import figures, load_model, progress, read_source, safe_to_interrupt, say
+from nugget2d.errors import InputError, UnknownMemoryError
+
+if TYPE_CHECKING:
+    from nugget2d.store import MemoryStore, Record
+
+SHORT = 12  # digits of an id, for people
+
+store = typer.Typer(name="store", no_args_is_help=True, help="Keep memories, and find them again.")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Id = Annotated[str, typer.Argument(metavar="ID", help="An id, or how it begins.")]
+
+
+@store.command()
+def add(
+    files: Annotated[list[str], typer.Argument(metavar="FILES...|-", help="UTF-8 texts; - reads standard input.")],
+    store: StorePlace = DEFAULT_STORE,
+    tag: Tags = None,
+    ratio: Ratio = None,
+    quality: Quality = None,
+    refine: Refine = 0,
+    exact: Exact = False,
+    dtype: DtypeOption = None,
+    selection: SelectionOption = None,
+    model: ModelName = DEFAULT_MODEL,
+) -> None:
+    """Compress texts into the store; one that it has already, made the same way, is not compressed again."""
+    texts = [read_source(file) for file in files]
+    compressor = load_model(model)
+    with _open(store, create=True) as memories:
+        for file, text in zip(files, texts, strict=True):
+            start = datetime.now(timezone.utc).isoformat(timespec="microseconds")
+            with progress("compressing") as on_progress:
+                record = memories.add(
+                    compressor,
+                    text,
+                    ratio=ratio,
+                    quality=quality,
+                    refine=refine,
+                    exact=exact,
+                    dtype=dtype,
+                    selection=selection,
+                    name="" if file == "-" else file,
+                    tags=tag or (),
+                    on_progress=on_progress,
+                )
+            known = " (was there)" if record.created < start else ""
+            typer.echo(
+                f"{record.id[:SHORT]}  {_line(record.name)}  {record.num_tokens:,} tokens, "
+                f"{record.num_nuggets:,} nuggets{known}"
+            )
+
+
+@store.command("list")
+def list_records(store: StorePlace = DEFAULT_STORE, tag: Tag = None, json: Json = False) -> None:
+    """List the memories, oldest first."""
+    with _open(store) as memories:
+        records = memories.records(tag=tag)
+    if json:
+        _print_json([record.model_dump(mode="json") for record in records])
+        return
+    head = ["id", "tokens", "nuggets", "bytes", "created", "name", "tags"]
+    rows = [
+        [
+            record.id[:SHORT],
+            f"{record.num_tokens:,}",
+            f"{record.num_nuggets:,}",
+            f"{record.nbytes:,}",
+            record.created[:19],
+            _line(record.name),
+            _line(", ".join(record.tags)),
+        ]
+        for record in records
+    ]
+    _print_columns(head, rows, right={1, 2, 3})
+
+
+@store.command()
+def show(id: Id, store: StorePlace = DEFAULT_STORE, json: Json = False) -> None:
+    """Show what is known of a memory, and where its file is."""
+    with _open(store) as memories:
+        record = _find(memories, id)
+        place = memories.place(record.id)
+    if json:
+        _print_json({**record.model_dump(mode="json"), "file": place})
+        return
+    table = figures()
+    table.add_row("id", record.id)
+    for name in ("name", "owner"):
+        if value := getattr(record, name):
+            table.add_row(name, _line(value))
+    if record.tags:
+        table.add_row("tags", _line(", ".join(record.tags)))
+    table.add_row("created", record.created)
+    table.add_row("model", f"{_line(record.model.name)} {record.model.model[:SHORT]}")
+    if record.settings is not None:
+        given = record.settings.model_dump().items()
+        table.add_row("settings", ", ".join(f"{name} {value}" for name, value in given if value))
+    table.add_row("characters", f"{record.num_chars:,}")
+    table.add_row("tokens", f"{record.num_tokens:,}")
+    table.add_row("nuggets", f"{record.num_nuggets:,}")
+    table.add_row("ratio", f"{record.ratio:.2f}")
+    table.add_row("bytes", f"{record.nbytes:,}")
+    table.add_row("file", place)
+    Console(soft_wrap=True).print(table)
+
+
+@store.command()
+def rm(
+    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids, or how they begin.")],
+    store: StorePlace = DEFAULT_STORE,
+) -> None:
+    """Remove memories."""
+    with _open(store) as memories:
+        for whole in [_whole(memories, id) for id in ids]:
+            memories.remove(whole)
+            say("removed", whole)
+
+
+@store.command()
+def search(
+    query: Annotated[str, typer.Argument(help="What the text should be about.")],
+    store: StorePlace = DEFAULT_STORE,
+    tag: Tag = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many to show.")] = 10,
+    model: ModelName = DEFAULT_MODEL,
+    json: Json = False,
+) -> None:
+    """Search by meaning among the memories of one model; shown are the characters of the part that matched best."""
+    with _open(store) as memories:
+        hits = memories.search(load_model(model), query, top=top, tag=tag)
+    if json:
+        _print_json([{**hit._asdict(), "record": hit.record.model_dump(mode="json")} for hit in hits])
+        return
+    rows = [
+        [f"{hit.score:.3f}", hit.record.id[:SHORT], f"{hit.start}:{hit.end}", _line(hit.record.name)] for hit in hits
+    ]
+    _print_columns(["score", "id", "characters", "name"], rows, right={0, 2})
+
+
+@store.command()
+def verify(store: StorePlace = DEFAULT_STORE) -> None:
+    """Read every memory, check it against its checksums, and name what is damaged."""
+    with _open(store) as memories:
+        damages = memories.verify()
+        for damage in damages:
+            say("error", f"{damage.id or 'index'}: {damage.reason}")
+        if damages:
+            raise typer.Exit(1)
+        say("verified", f"{len(memories.records()):,} memories, nothing is damaged")
+
+
+@store.command()
+def gc(store: StorePlace = DEFAULT_STORE) -> None:
+    """Remove what interrupted writers left behind, if it is an hour old."""
+    with _open(store) as memories:
+        swept = memories.gc()
+    say("removed", f"{swept.files:,} files, {swept.nbytes:,} bytes")
+
+
+def _open(place: str, *, create: bool = False) -> "MemoryStore":
+    with safe_to_interrupt():
+        from nugget2d.store import MemoryStore
+
+    return MemoryStore(place, create=create)
+
+
+def _find(memories: "MemoryStore", id: str) -> "Record":
+    return memories.record(_whole(memories, id))
+
+
+def _whole(memories: "MemoryStore", id: str) -> str:
+    """The id that begins so.
+
+    Raises:
+        UnknownMemoryError: none does.
+        InputError: several do.
+    """
+    if len(id) == 32:  # whole: may be that of a record that cannot be read
+        return id
+    found = [record.id for record in memories.records() if record.id.startswith(id)]
+    if not found:
+        raise UnknownMemoryError(f"no id in this store begins with {id!r}; see `nugget2d store list`")
+    if len(found) > 1:
+        raise InputError(f"{len(found)} ids begin with {id!r}; give more digits")
+    return found[0]
+
+
+def _line(text: str) -> str:
+    """Any text as one line that commands no terminal."""
+    from nugget2d.inspection.visible import visible
+
+    return " ".join(visible(text, marked=False).split())
+
+
+def _print_columns(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: set[int]) -> None:
+    """Aligned, however long the lines become: others may read them."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        cells = (
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        typer.echo("  ".join(cells).rstrip())
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json_format.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,1 @@
+"""A corpus into a store: documents, workers that compress them, and what becomes of each."""

@@ -1,0 +1,102 @@
+"""Documents of a corpus, one at a time; one that cannot be read is a failure among them, not the end."""
+
+import json
+import lzma
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from nugget2d.errors import InputError
+from nugget2d.files import read_text
+
+SUFFIXES = (".txt", ".md")
+
+
+class Document(NamedTuple):
+    """A text and what it is called in messages and in the store."""
+
+    name: str
+    text: str
+
+
+class Failure(NamedTuple):
+    """A document that could not be worked with, and why."""
+
+    name: str
+    reason: str
+
+
+def count(source: Path) -> int:
+    """How many documents `documents` will give; a corpus in one file is read for that.
+
+    Raises:
+        InputError: see `documents`.
+    """
+    return len(_files(source)) if source.is_dir() else sum(1 for _ in _lines(source))
+
+
+def documents(source: Path) -> Iterator[Document | Failure]:
+    """The .txt and .md files below a folder, by path; or the records of a .jsonl or .jsonl.xz file, in order.
+
+    A file is called by its path below the folder. Of a record `text` is read; it is called by its `name` or `id`, or
+    else by its line.
+
+    Raises:
+        InputError: there is no such folder or file, it is of another kind, or cannot be read.
+    """
+    if source.is_dir():
+        for path in _files(source):
+            name = path.relative_to(source).as_posix()
+            try:
+                yield Document(name, read_text(path))
+            except InputError as error:
+                yield Failure(name, str(error))
+    else:
+        for number, line in _lines(source):
+            yield _document(line, f"{source.name}:{number}")
+
+
+def batches(read: Iterable[Document], chars: int) -> Iterator[list[Document]]:
+    """Consecutive documents, together at most `chars` characters; a longer one is alone."""
+    batch: list[Document] = []
+    size = 0
+    for document in read:
+        if batch and size + len(document.text) > chars:
+            yield batch
+            batch, size = [], 0
+        batch.append(document)
+        size += len(document.text)
+    if batch:
+        yield batch
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers."""
+    if not path.name.endswith((".jsonl", ".jsonl.xz")):
+        raise InputError(f"cannot index {path}: give a folder of .txt and .md files, or a .jsonl or .jsonl.xz file")
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _open(path: Path) -> BinaryIO | lzma.LZMAFile:
+    return lzma.open(path) if path.suffix == ".xz" else path.open("rb")
+
+
+def _document(line: bytes, place: str) -> Document | Failure:
+    try:
+        record = json.loads(line)
+        text = record["text"]
+    except (ValueError, KeyError, TypeError):
+        return Failure(place, "not a JSON object with a `text` field")
+    if not isinstance(text, str):
+        return Failure(place, f"its `text` is {type(text).__name__}, not a string")
+    return Document(str(record.get("name") or record.get("id") or place), text)

@@ -1,0 +1,54 @@
+"""The engine of one machine: a pool of worker processes, with only so much under way."""
+
+import signal
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache
+from multiprocessing import get_context
+
+from nugget2d.errors import StoreError
+from nugget2d.indexing.documents import Document
+from nugget2d.indexing.work import Job, Outcome, Worker
+
+WAITING = 2  # batches under way for each worker: one in work, one that waits for it
+
+
+def run_in_processes(job: Job, batches: Iterable[list[Document]], workers: int) -> Iterator[list[Outcome]]:
+    """Outcomes of batch after batch, as they are done. Batches are read only as fast as they are worked on.
+
+    Raises:
+        StoreError: a worker died.
+        NuggetError: what a worker raised.
+    """
+    # spawned, not forked: torch's threads do not survive a fork
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_the_parent)
+    running: set[Future[list[Outcome]]] = set()
+    try:
+        for batch in batches:
+            running.add(pool.submit(_work, job, batch))
+            if len(running) >= WAITING * workers:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+    except BrokenProcessPool as error:
+        raise StoreError(
+            "a worker process was ended (out of memory?); run the same command again: it goes on where it stopped"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)  # what is in work is finished, and kept
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@cache
+def _worker(job: Job) -> Worker:
+    return Worker(job)
+
+
+def _work(job: Job, batch: list[Document]) -> list[Outcome]:
+    return _worker(job)(batch)

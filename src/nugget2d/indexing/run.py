@@ -1,0 +1,71 @@
+"""Index a corpus: from documents to a summary."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+
+from nugget2d.indexing.documents import Document, Failure, batches, count, documents
+from nugget2d.indexing.processes import run_in_processes
+from nugget2d.indexing.work import Job
+
+BATCH_CHARS = 32_768  # some 8,000 tokens: what the model encodes at once
+
+
+@dataclass
+class Summary:
+    """What became of a corpus.
+
+    Attributes:
+        added: documents that were compressed.
+        known: documents that the store had, or that came twice.
+        failures: the others.
+        tokens: of the documents that were added.
+        seconds: from start to end, loading the model included.
+    """
+
+    added: int = 0
+    known: int = 0
+    failures: list[Failure] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def documents(self) -> int:
+        """All of them."""
+        return self.added + self.known + len(self.failures)
+
+
+def index(source: Path, job: Job, workers: int, on_progress: Callable[[int, int], None] | None = None) -> Summary:
+    """Put every document of `source` into the job's store; those that it has already are not compressed again.
+
+    Args:
+        source: see `documents`.
+        job: how, and where to.
+        workers: processes, each with a model of its own.
+        on_progress: called with (documents done, documents in all).
+
+    Raises:
+        InputError: `source` cannot be read.
+        ModelError, StoreError, OutputError: the model or the store cannot be used; what was done is kept.
+    """
+    start, total, summary = perf_counter(), count(source), Summary()
+
+    def readable() -> Iterator[Document]:
+        for document in documents(source):
+            if isinstance(document, Document):
+                yield document
+            else:
+                summary.failures.append(document)
+
+    for outcomes in run_in_processes(job, batches(readable(), BATCH_CHARS), workers):
+        for outcome in outcomes:
+            summary.added += outcome.status == "added"
+            summary.known += outcome.status == "known"
+            summary.tokens += outcome.tokens
+            if outcome.status == "failed":
+                summary.failures.append(Failure(outcome.name, outcome.reason))
+        if on_progress is not None:
+            on_progress(summary.documents, total)
+    summary.seconds = perf_counter() - start
+    return summary

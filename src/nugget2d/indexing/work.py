@@ -1,0 +1,97 @@
+"""What one worker does with documents: compress those that the store does not have, and keep them.
+
+An engine (processes.py) carries batches of documents to workers; it knows nothing of what they do.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from transformers.utils import logging
+
+from nugget2d.config import Frozen, SelectionName
+from nugget2d.indexing.documents import Document
+from nugget2d.memory import Memory
+from nugget2d.model import Nugget2D
+from nugget2d.states import StoreDtype
+from nugget2d.store import MemoryStore, Settings
+
+
+class Job(Frozen):
+    """Everything a worker must be told.
+
+    Attributes:
+        store: what `MemoryStore` opens.
+        model: what `Nugget2D.from_pretrained` loads.
+        ratio: and the five after it: see `Nugget2D.compress`.
+        tags: of every record.
+    """
+
+    store: str
+    model: str
+    ratio: float | None = None
+    quality: float | None = None
+    refine: int = 0
+    exact: bool = False
+    selection: SelectionName | None = None
+    dtype: StoreDtype | None = None
+    tags: tuple[str, ...] = ()
+
+
+class Outcome(NamedTuple):
+    """What became of one document; `tokens` were compressed for it, `reason` says why it failed."""
+
+    name: str
+    status: Literal["added", "known", "failed"]
+    tokens: int = 0
+    reason: str = ""
+
+
+class Worker:
+    """A model and a store, in a process of their own, on one thread."""
+
+    def __init__(self, job: Job) -> None:
+        """Load the model and open the store.
+
+        Raises:
+            ModelError, StoreError: see `Nugget2D.from_pretrained` and `MemoryStore`.
+        """
+        torch.set_num_threads(1)
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        self._model = Nugget2D.from_pretrained(job.model, device="cuda" if torch.cuda.is_available() else "cpu")
+        self._store = MemoryStore(job.store)
+        self._tags = job.tags
+        self._settings = Settings.of(self._model, **job.model_dump(exclude={"store", "model", "tags"}))
+
+    def __call__(self, batch: list[Document]) -> list[Outcome]:
+        """Work on a batch; what is wrong with one document does not harm the others.
+
+        Raises:
+            StoreError, OutputError: the store cannot take any more: no document's fault.
+        """
+        keys = [self._settings.address(document.text, self._model.fingerprint) for document in batch]
+        # each text once
+        new = {key: document for key, document in zip(keys, batch, strict=True) if self._store.at(key) is None}
+        results = dict(zip(new, self._compress([document.text for document in new.values()]), strict=True))
+        outcomes = []
+        for key, document in zip(keys, batch, strict=True):
+            result = results.get(key)
+            if result is None or new[key] is not document:
+                outcomes.append(Outcome(document.name, "known"))
+            elif isinstance(result, Memory):
+                self._store.put(result, key=key, name=document.name, tags=self._tags, settings=self._settings)
+                outcomes.append(Outcome(document.name, "added", result.num_tokens))
+            else:
+                outcomes.append(Outcome(document.name, "failed", reason=result))
+        return outcomes
+
+    def _compress(self, texts: list[str]) -> list[Memory | str]:
+        """The memory of each text, or why there is none: if they fail together, each is tried alone."""
+        if not texts:
+            return []
+        try:
+            return list(self._model.compress(texts, **self._settings.model_dump()))
+        except Exception as error:  # whatever a text may do to a tokenizer or a model
+            if len(texts) == 1:
+                return [str(error) or type(error).__name__]
+            return [result for text in texts for result in self._compress([text])]

@@ -1,0 +1,227 @@
+"""A store in a bucket of S3 or what is compatible with it, through obstore.
+
+    records/ID.json              a record, its vectors, a checksum of both, and the name of its file
+    memories/KEY/NONCE.nugget    the file; each record has its own
+
+Nothing is locked. A memory's file is written first, under a name that nobody else has, then its record, by the one
+operation that such storage does atomically: create if absent. That is the acknowledgement, and of two writers of the
+same memory one wins. Files are not shared by records as in a folder: without transactions nobody could say that the
+last record is gone.
+"""
+
+import json
+import time
+from base64 import b64decode, b64encode
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from nugget2d.errors import MemoryFileError, NuggetError, StoreError, UnknownMemoryError
+from nugget2d.memory import Memory
+from nugget2d.store.backend import Damage, Entry, Swept, entry_digest, read_record
+from nugget2d.store.record import Record
+
+VERSION = 1
+ORPHAN_SECONDS = 3600  # a writer that took half as long from file to record starts over
+REQUESTS = 16  # side by side, for records
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What an object of records/ holds."""
+
+    text: bytes
+    vectors: bytes
+    file: str
+    digest: bytes
+
+    def to_bytes(self) -> bytes:
+        fields = {"vectors": b64encode(self.vectors).decode(), "digest": self.digest.hex(), "file": self.file}
+        return json.dumps({"version": VERSION, "record": self.text.decode(), **fields}).encode()
+
+    @staticmethod
+    def from_bytes(data: bytes, source: str) -> "_Row":
+        try:
+            fields = json.loads(data)
+            version = fields["version"]
+            if version == VERSION:
+                vectors = b64decode(fields["vectors"], validate=True)
+                return _Row(fields["record"].encode(), vectors, fields["file"], bytes.fromhex(fields["digest"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{source} is damaged; remove it and add its text again") from error
+        raise StoreError(f"{source} has version {version}, this package reads {VERSION}; upgrade it")
+
+
+class Bucket:
+    """See `Backend`."""
+
+    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+        """Reach the bucket at `url`; `options` are those of obstore's `from_url`.
+
+        Raises:
+            StoreError: obstore is not installed, or does not understand the address or an option.
+        """
+        try:
+            import obstore
+            from obstore.exceptions import AlreadyExistsError, BaseError
+        except ImportError as error:
+            raise StoreError("stores in a bucket need obstore: pip install 'nugget2d[s3]'") from error
+        self._url, self._storage = url.rstrip("/"), obstore
+        self._failures, self._exists = (BaseError, OSError), AlreadyExistsError
+        with self._errors():
+            self._bucket = obstore.store.from_url(url, **options)
+        self._seen: dict[str, tuple[tuple[object, ...], _Row]] = {}  # by name: version of the object, what it holds
+
+    def keep(self, entry: Entry, data: bytes) -> Record:
+        """See `Backend`."""
+        record, name = entry.record, _row_name(entry.record.id)
+        while True:
+            start = time.monotonic()
+            file = f"memories/{record.key}/{uuid4().hex}.nugget"
+            row = _Row(entry.text, entry.vectors, file, entry.digest)
+            with self._errors():
+                self._storage.put(self._bucket, file, data)
+                if time.monotonic() - start > ORPHAN_SECONDS / 2:
+                    continue  # `sweep` may be about to take the file for an orphan
+                try:
+                    self._storage.put(self._bucket, name, row.to_bytes(), mode="create")
+                    return record
+                except self._exists:
+                    there = self._row(name)
+                    # ours, if the answer to a first try was lost and the request repeated below
+                    if there is not None and there.file == file:
+                        return record
+                    self._storage.delete(self._bucket, file)
+            if there is not None:  # else removed just now
+                return read_record(record.id, there.text)
+
+    def record(self, record_id: str) -> Record | None:
+        """See `Backend`."""
+        row = self._row(_row_name(record_id))
+        return None if row is None else read_record(record_id, row.text)
+
+    def records(self) -> list[Record]:
+        """See `Backend`."""
+        return [entry.record for entry in self.entries()]
+
+    def entries(self) -> list[Entry]:
+        """See `Backend`."""
+        entries = [Entry(read_record(_id(name), row.text), row.vectors) for name, row in self._rows().items()]
+        return sorted(entries, key=lambda entry: (entry.record.created, entry.record.id))
+
+    def load(self, record: Record, *, verify: bool) -> Memory:
+        """See `Backend`; the file comes whole, and its checksum is always looked at."""
+        row = self._row(_row_name(record.id))
+        if row is None:
+            raise UnknownMemoryError(f"memory {record.id} was removed just now")
+        data = self._read(row.file)
+        if data is None:
+            raise StoreError(
+                f"memory {record.id} has lost its file {self._url}/{row.file}; remove it and add its text again"
+            )
+        return Memory.from_bytes(data, f"{self._url}/{row.file}")
+
+    def find(self, key: str) -> Memory | None:
+        """See `Backend`."""
+        for name in self._list(f"memories/{key}/"):
+            try:
+                if (data := self._read(name)) is not None:
+                    return Memory.from_bytes(data, name)
+            except MemoryFileError:
+                continue
+        return None
+
+    def remove(self, record_id: str) -> bool:
+        """See `Backend`."""
+        name = _row_name(record_id)
+        data = self._read(name)
+        if data is None:
+            return False
+        with self._errors():
+            self._storage.delete(self._bucket, name)
+            with suppress(StoreError):  # of a record that cannot be read the file is left to `sweep`
+                self._storage.delete(self._bucket, _Row.from_bytes(data, name).file)
+        return True
+
+    def verify(self) -> list[Damage]:
+        """See `Backend`."""
+        damages = []
+        for name in sorted(self._list("records/")):
+            try:
+                if (row := self._row(name)) is None:
+                    continue  # removed meanwhile
+                if entry_digest(row.text, row.vectors) != row.digest:
+                    raise StoreError("its record does not match its checksum")
+                self.load(read_record(_id(name), row.text), verify=True)
+            except UnknownMemoryError:
+                continue
+            except NuggetError as error:
+                damages.append(Damage(_id(name), f"{self._url}/{name}", str(error)))
+        return damages
+
+    def sweep(self) -> Swept:
+        """See `Backend`."""
+        files = self._list("memories/")  # before the records: a file that gets its record meanwhile is a young one
+        used = {row.file for row in self._rows().values()}
+        old = [
+            (name, meta["size"])
+            for name, meta in files.items()
+            if name not in used and meta["last_modified"].timestamp() < time.time() - ORPHAN_SECONDS
+        ]
+        with self._errors():
+            for name, _ in old:
+                self._storage.delete(self._bucket, name)
+        return Swept(len(old), sum(size for _, size in old))
+
+    def place(self, record: Record) -> str:
+        """See `Backend`."""
+        row = self._row(_row_name(record.id))
+        return f"{self._url}/{row.file if row is not None else ''}"
+
+    def close(self) -> None:
+        """See `Backend`; there is nothing to let go of."""
+
+    def _rows(self) -> dict[str, _Row]:
+        """All of records/ by name. Objects never change, so each version is fetched once."""
+        listed = {name: (meta["e_tag"], meta["last_modified"]) for name, meta in self._list("records/").items()}
+        new = [name for name, version in listed.items() if self._seen.get(name, (None,))[0] != version]
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            fetched = dict(zip(new, pool.map(self._row, new), strict=True))
+        seen = {name: self._seen[name] for name in listed.keys() - set(new)}
+        seen |= {name: (listed[name], row) for name, row in fetched.items() if row is not None}
+        self._seen = seen
+        return {name: row for name, (_, row) in seen.items()}
+
+    def _row(self, name: str) -> _Row | None:
+        data = self._read(name)
+        return None if data is None else _Row.from_bytes(data, f"{self._url}/{name}")
+
+    def _read(self, name: str) -> bytes | None:
+        with self._errors():
+            try:
+                return bytes(self._storage.get(self._bucket, name).bytes())
+            except FileNotFoundError:
+                return None
+
+    def _list(self, prefix: str) -> dict[str, Any]:
+        """What obstore knows of each object below `prefix`, by name."""
+        with self._errors():
+            return {meta["path"]: meta for page in self._storage.list(self._bucket, prefix) for meta in page}
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except self._failures as error:
+            raise StoreError(f"{self._url}: {str(error).splitlines()[0]}") from error
+
+
+def _row_name(record_id: str) -> str:
+    return f"records/{record_id}.json"
+
+
+def _id(row_name: str) -> str:
+    return row_name.removeprefix("records/").removesuffix(".json")

@@ -1,0 +1,250 @@
+"""`nugget2d store` and `nugget2d index`: what they print, and one clear line for what goes wrong."""
+
+import json
+import lzma
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import tiny
+from cli_fixtures import save_tiny_model
+from nugget2d import Memory
+from nugget2d.errors import InputError, StoreError
+from nugget2d.indexing import run as indexing
+from nugget2d.indexing.documents import Document, Failure, batches, count, documents
+from nugget2d.indexing.work import Job, Worker
+from nugget2d.store import MemoryStore
+from test_cli import fails, run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / f"{number}.txt" for number in range(3)]
+    for number, path in enumerate(paths):
+        path.write_text(f"{number}. {tiny.TEXT[:200]}")
+    return paths
+
+
+@pytest.fixture
+def store(tmp_path: Path, model: str, texts: list[Path]) -> Path:
+    """A store of three memories."""
+    folder = tmp_path / "store"
+    run("store", "add", *texts, "--store", folder, "--model", model, "--ratio", 4, "--tag", "sea", "--tag", "log")
+    return folder
+
+
+# ---- store ----
+
+
+def test_add_list_show(store: Path, texts: list[Path], model: str) -> None:
+    records = json.loads(run("store", "list", "--store", store, "--json").stdout)
+    assert [record["name"] for record in records] == [str(path) for path in texts]
+    assert all(record["tags"] == ["sea", "log"] for record in records)
+    lines = run("store", "list", "--store", store).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["id", *(record["id"][:12] for record in records)]
+    shown = json.loads(run("store", "show", records[1]["id"][:6], "--store", store, "--json").stdout)
+    file = shown.pop("file")
+    assert shown == records[1]
+    assert Memory.load(file).num_tokens == shown["num_tokens"]
+    printed = run("store", "show", records[1]["id"], "--store", store).stdout
+    for value in (records[1]["id"], str(texts[1]), "sea, log", file, "ratio 4.0"):
+        assert value in printed
+    assert run("store", "list", "--store", store, "--tag", "land").stdout.count("\n") == 1
+
+
+def test_adding_again_says_so(store: Path, texts: list[Path], model: str) -> None:
+    again = run("store", "add", texts[0], "-", "--store", store, "--model", model, "--ratio", 4, stdin=b"new")
+    first, second = again.stdout.splitlines()
+    assert first.endswith("(was there)") and not second.endswith("(was there)")
+    assert len(json.loads(run("store", "list", "--store", store, "--json").stdout)) == 4
+
+
+def test_rm_takes_beginnings_that_are_clear(store: Path, texts: list[Path]) -> None:
+    ids = [record.id for record in MemoryStore(store).records()]
+    fails("store", "rm", "", "--store", store, saying="3 ids begin with ''")
+    fails("store", "rm", ids[0], "xyz", "--store", store, saying="no id in this store begins with 'xyz'")
+    fails("store", "rm", "0" * 32, "--store", store, saying="no memory")
+    assert len(MemoryStore(store).records()) == 3
+    run("store", "rm", ids[0][:8], ids[1], "--store", store)
+    assert [record.id for record in MemoryStore(store).records()] == [ids[2]]
+
+
+def test_search_prints_spans(store: Path, model: str, texts: list[Path]) -> None:
+    arguments = ["store", "search", "the lighthouse keeper", "--store", store, "--model", model, "--top", 2]
+    hits = json.loads(run(*arguments, "--json").stdout)
+    assert len(hits) == 2 and hits[0]["score"] >= hits[1]["score"]
+    lines = run(*arguments).stdout.splitlines()
+    assert (
+        len(lines) == 3 and f"{hits[0]['start']}:{hits[0]['end']}" in lines[1] and hits[0]["record"]["name"] in lines[1]
+    )
+
+
+def test_verify_and_gc(store: Path) -> None:
+    result = run("store", "verify", "--store", store)
+    assert "3 memories, nothing is damaged" in result.stderr
+    record = MemoryStore(store).records()[1]
+    file = next(store.rglob(f"{record.key}.nugget"))
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    fails("store", "verify", "--store", store, saying=record.id)
+    assert "removed: 0 files" in run("store", "gc", "--store", store).stderr
+
+
+def test_a_store_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUGGET2D_STORE", str(tmp_path / "none"))
+    for command in (["list"], ["show", "a"], ["rm", "a"], ["verify"], ["gc"]):
+        fails("store", *command, saying="there is no store at")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_command_no_terminal(tmp_path: Path, model: str) -> None:
+    with MemoryStore(tmp_path) as store:
+        store.put(tiny.trained("llama", "copies").compress("The dog.", ratio=2), name="\x1b[31mred\n\rtwo")
+    for command in (["list"], ["show", MemoryStore(tmp_path).records()[0].id]):
+        printed = run("store", *command, "--store", tmp_path).stdout
+        assert "\x1b" not in printed and "red two" in " ".join(printed.replace("\u240d", " ").split())
+
+
+# ---- documents ----
+
+
+def test_documents_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.md").write_text("bé\r\n", newline="")
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    (tmp_path / "c.txt").write_bytes(b"")
+    (tmp_path / "d.pdf").write_bytes(b"%PDF")
+    read = list(documents(tmp_path))
+    assert [document.name for document in read] == ["a.txt", "c.txt", "sub/b.md"]
+    assert [type(document) for document in read] == [Failure, Failure, Document]
+    assert read[2].text == "bé\r\n" and count(tmp_path) == 3
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.xz"])
+def test_documents_of_records(tmp_path: Path, name: str) -> None:
+    lines = [
+        b'{"text": "one", "id": 7}',
+        b"",
+        b'{"text": "two", "name": "second", "id": 8}',
+        b'{"text": "three"}',
+        b"not json",
+        b'{"words": 1}',
+        b'["text"]',
+        b'{"text": 5}',
+        b'{"text": "\xff"}',
+    ]
+    path = tmp_path / name
+    data = b"\n".join(lines)
+    path.write_bytes(lzma.compress(data) if name.endswith("xz") else data)
+    read = list(documents(path))
+    assert read[:3] == [("7", "one"), ("second", "two"), (f"{name}:4", "three")]
+    assert [failure.name for failure in read[3:]] == [f"{name}:{line}" for line in range(5, 10)]
+    assert all(isinstance(failure, Failure) for failure in read[3:]) and count(path) == 8
+
+
+def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(b'{"text": "a"}\n' * 99)[:-20])
+    (tmp_path / "a.txt").write_text("a")
+    for name, saying in (("a.jsonl.xz", "cannot read"), ("b.jsonl", "No such file"), ("a.txt", "give a folder")):
+        with pytest.raises(InputError, match=saying):
+            list(documents(tmp_path / name))
+
+
+def test_batches_are_bounded() -> None:
+    sizes = [3, 3, 3, 20, 1, 9, 1]
+    made = list(batches((Document(str(n), "x" * size) for n, size in enumerate(sizes)), 10))
+    assert [[len(document.text) for document in batch] for batch in made] == [[3, 3, 3], [20], [1, 9], [1]]
+    assert list(batches([], 10)) == []
+
+
+# ---- index ----
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Twelve documents, one of them twice, and two that are none."""
+    path = tmp_path / "corpus.jsonl"
+    records = [{"text": f"{number}. {tiny.TEXT[:150]}", "id": f"d{number}"} for number in range(12)]
+    lines = [json.dumps(record) for record in [*records, {**records[0], "id": "again"}]]
+    path.write_text("\n".join([*lines, "{}", json.dumps({"text": "", "id": "empty"})]))
+    return path
+
+
+def test_workers_do_what_one_process_does(corpus: Path, tmp_path: Path, model: str, monkeypatch) -> None:
+    monkeypatch.setattr(indexing, "BATCH_CHARS", 500)  # several batches for each worker
+    seen: list[tuple[int, int]] = []
+    job = Job(store=str(tmp_path / "store"), model=model, ratio=4, tags=("c",))
+    summary = indexing.index(corpus, job, 2, lambda done, total: seen.append((done, total)))
+    assert (summary.added, summary.known, summary.documents) == (12, 1, 15)
+    assert sorted(failure.name for failure in summary.failures) == ["corpus.jsonl:14", "empty"]
+    assert seen[-1] == (15, 15) and len(seen) >= 5
+    with MemoryStore(job.store) as store:
+        assert store.verify() == []
+        kept = {record.name: record for record in store.records()}
+        assert len(kept) == 12 and all(record.tags == ("c",) for record in kept.values())
+        assert summary.tokens == sum(record.num_tokens for record in kept.values())
+        alone = MemoryStore(tmp_path / "alone")
+        one = Worker(job.model_copy(update={"store": str(tmp_path / "alone")}))
+        one([document for document in documents(corpus) if isinstance(document, Document)])
+        assert {record.id for record in alone.records()} == {record.id for record in kept.values()}
+        # a memory does not depend on which texts shared its batch beyond rounding
+        for record in alone.records():
+            mine, theirs = alone.get(record.id), store.get(record.id)
+            assert mine.positions == theirs.positions
+            assert (mine.keys[-1].data - theirs.keys[-1].data).abs().max() < 1e-4
+
+
+def test_index_goes_on_where_it_stopped(corpus: Path, tmp_path: Path, model: str, monkeypatch) -> None:
+    """Interrupted by Ctrl-C as soon as something is kept; then run again."""
+    store = tmp_path / "store"
+    many = tmp_path / "many.jsonl"
+    many.write_text("\n".join(json.dumps({"text": f"{n}. {tiny.TEXT}" * 8}) for n in range(300)))
+    arguments = ["index", str(many), "--store", str(store), "--model", model, "--ratio", "4", "--workers", "1"]
+    command = [sys.executable, "-c", "from nugget2d.cli.app import main\nif __name__ == '__main__': main()", *arguments]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(store.rglob("*.nugget")) and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 130 and said.decode().strip() == "error: interrupted"
+    with MemoryStore(store) as opened:
+        kept = opened.records()
+        assert 0 < len(kept) < 300 and opened.verify() == []
+    result = run("index", corpus, "--store", store, "--model", model, "--ratio", 4, "--workers", 1, code=1)
+    figures = dict(line.rsplit(None, 1) for line in result.stdout.splitlines())
+    assert figures["added"] == "12" and figures["failed"] == "2"
+    assert result.stderr.count("error: ") == 2 and "error: corpus.jsonl:14: not a JSON object" in result.stderr
+    again = dict(
+        line.rsplit(None, 1)
+        for line in run(
+            "index", corpus, "--store", store, "--model", model, "--ratio", 4, "--workers", 1, code=1
+        ).stdout.splitlines()
+    )
+    assert again["added"] == "0" and again["in the store before"] == "13"
+
+
+def test_what_fits_no_document_ends_the_run(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "index.db").write_bytes(b"something else " * 100)
+    fails("index", corpus, "--store", tmp_path / "store", "--workers", 1, "--model", tmp_path, saying=str(tmp_path))
+    fails("index", tmp_path / "none", "--store", tmp_path / "x", saying="give a folder")
+
+
+def test_a_worker_that_dies_is_one_clear_error(corpus: Path, tmp_path: Path, model: str, monkeypatch) -> None:
+    from nugget2d.indexing import processes
+
+    monkeypatch.setattr(processes, "_leave_interrupts_to_the_parent", os.abort)
+    with pytest.raises(StoreError, match="a worker process was ended"):
+        indexing.index(corpus, Job(store=str(tmp_path / "store"), model=model), 1)
