@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 import tiny
 from nugget2d import Memory, Nugget2D
+from nugget2d.cache import Nuggets
 from nugget2d.errors import InputError, OverloadError, ShutdownError, TimeLimitError
+from nugget2d.reading import text_nuggets
 from nugget2d.segmentation import REPLACEMENT, split
 from nugget2d.server import batch, engine, jobs
 from nugget2d.server.engine import Engine
@@ -249,6 +251,21 @@ def test_a_compressed_head_reads_as_a_memory(llama: Nugget2D, start: Start) -> N
         unread=0,
     )
     assert both.text()
+
+
+def test_one_rotation_serves_engines_that_number_slots(llama: Nugget2D) -> None:
+    """Read from position k with all keys turned back by n - k, a memory says what it says from position n."""
+    memory = llama.compress(tiny.TEXT[:200], ratio=4)
+    nuggets, end = text_nuggets(llama, memory)
+    back = end - nuggets.count
+    turned = Nuggets(llama.rotation(nuggets.keys, torch.full((1, nuggets.count), -back)), nuggets.values)
+    with torch.no_grad():
+        wanted = llama.decode(nuggets, llama.ids_after("The sea"), prompt="continue", start=end)
+        found = llama.decode(turned, llama.ids_after("The sea"), prompt="continue", start=nuggets.count)
+        unturned = llama.decode(nuggets, llama.ids_after("The sea"), prompt="continue", start=nuggets.count)
+    assert back > 20
+    assert torch.allclose(found, wanted, atol=1e-3)
+    assert not torch.allclose(unturned, wanted, atol=1e-1)
 
 
 def test_a_cancelled_job_leaves_its_slot(llama: Nugget2D, start: Start) -> None:

@@ -1,18 +1,17 @@
 """`nugget2d serve`: an OpenAI-compatible server that reads stored memories."""
 
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nugget2d.cli.options import DEFAULT_MODEL, ModelName
+from nugget2d.cli.options import DEFAULT_MODEL, DEFAULT_STORE, ModelName, StorePlace
 from nugget2d.cli.shared import load_model, safe_to_interrupt
 from nugget2d.errors import InputError
 
 
 def serve(
-    store: Annotated[Path, typer.Option("--store", help="Folder of memories; made if it is not there.")],
+    store: StorePlace = DEFAULT_STORE,
     model: ModelName = DEFAULT_MODEL,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes any that is free.")] = 8000,

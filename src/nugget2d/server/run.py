@@ -3,11 +3,12 @@
 import logging
 import signal
 import socket
+import warnings
 from pathlib import Path
 
 import uvicorn
 
-from nugget2d.errors import InputError
+from nugget2d.errors import ContextWarning, InputError
 from nugget2d.model import Nugget2D
 from nugget2d.server.app import make_app
 from nugget2d.server.exchange import log
@@ -40,6 +41,7 @@ def serve(model: Nugget2D, store: MemoryStore, settings: Settings, keys: Keys, l
         lifespan="off",
         timeout_graceful_shutdown=round(settings.grace),
     )
+    warnings.simplefilter("ignore", ContextWarning)  # the client is told, in its usage
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises a signal once more when it is through with it: by then it means nothing
         signal.signal(number, lambda *_: None)
