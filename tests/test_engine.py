@@ -140,13 +140,13 @@ def test_sampling_follows_the_distribution() -> None:
 
     def shares(temperature: float, top_p: float) -> list[float]:
         sampler = Sampler(temperature, top_p, seed=1)
-        counts = torch.bincount(torch.tensor([sampler.choose(logits) for _ in range(3000)]), minlength=4)
-        return (counts / 3000).tolist()
+        counts = torch.bincount(torch.tensor([sampler.choose(logits) for _ in range(1200)]), minlength=4)
+        return (counts / 1200).tolist()
 
-    assert shares(1, 1) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
-    assert shares(1, 0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
+    assert shares(1, 1) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.05)
+    assert shares(1, 0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.05)
     assert shares(1, 0.5)[0] == 1
-    assert shares(0.5, 1) == pytest.approx([0.685, 0.247, 0.062, 0.007], abs=0.03)
+    assert shares(0.5, 1) == pytest.approx([0.685, 0.247, 0.062, 0.007], abs=0.05)
     assert shares(1e-40, 1)[0] == 1
 
 

@@ -154,13 +154,15 @@ def test_what_is_too_long_is_compressed_but_for_its_end(llama: Nugget2D, tmp_pat
 
 
 def test_what_is_beyond_reach_is_said(llama: Nugget2D, tmp_path: Path) -> None:
-    model = tiny.trained("gpt2", "lora", window=32, context=64)
+    model = tiny.trained("gpt2", "lora", window=32, context=64, name="/secret/folder")
     with serving(model, tmp_path) as server:
         short = memory_of(server, tiny.TEXT[:60])
         ask = server.client().completions.create
         assert ask(model="tiny", prompt="a", max_tokens=4, extra_body={"memory_ids": [short]}).choices[0].text
         with pytest.raises(openai.BadRequestError, match="max_tokens leaves no room"):
             ask(model="tiny", prompt="a", max_tokens=1024)
+        with pytest.raises(openai.BadRequestError, match="'tiny' has 1024"):
+            ask(model="tiny", prompt=tiny.TEXT[:90], max_tokens=980, extra_body={"memory_ids": [short]})
     with serving(tiny.trained("llama", "copies", context=100), tmp_path / "other") as server:
         memory = memory_of(server, tiny.TEXT)
         usage = (

@@ -25,6 +25,7 @@ class Batch:
         """Take over a job after its `work`."""
         keys, values = job.slots.row(0)
         self._slots.add(keys, values, job.slots.lengths[0] + job.max_new_tokens)
+        job.slots.drop(0)
         self.jobs.append(job)
 
     def leave(self, job: Generation) -> None:

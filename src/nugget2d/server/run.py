@@ -28,9 +28,6 @@ def serve(model: Nugget2D, store: MemoryStore, settings: Settings, keys: Keys, l
         keys: who may ask.
         listener: from `listen`.
     """
-    # further than it was trained for, if whoever runs the server wants so: memories reach as far as whole tokens do
-    reach = max(model.config.context, settings.max_context)
-    model.config = model.config.model_copy(update={"context": reach})
     metrics = Metrics()
     service = Service(model, store, settings, metrics)
     config = uvicorn.Config(

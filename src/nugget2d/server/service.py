@@ -59,10 +59,15 @@ class Service:
     def __init__(self, model: Nugget2D, store: MemoryStore, settings: Settings, metrics: Metrics) -> None:
         """Start the engine; `close` ends it."""
         self.settings, self.metrics, self.store = settings, metrics, store
-        self._model, self._fingerprint = model, model.fingerprint
+        self._fingerprint = model.fingerprint  # by its own name, which leads memories back to it
+        # the same weights under the name that clients know, so that errors tell no folder; and if whole tokens shall
+        # reach further than the model was trained for, memories do so too
+        changes = {"name": settings.name, "context": max(model.config.context, settings.max_context)}
+        self._model = copy.copy(model)
+        self._model.config = model.config.model_copy(update=changes)
         self._local = threading.local()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="nugget2d-text")
-        self.engine = Engine(model, slots=settings.slots, queue=settings.queue, on_step=metrics.batch.observe)
+        self.engine = Engine(self._model, slots=settings.slots, queue=settings.queue, on_step=metrics.batch.observe)
         metrics.waiting.set_function(lambda: self.engine.num_waiting)
         metrics.running.set_function(lambda: self.engine.num_running)
 
