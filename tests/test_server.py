@@ -318,9 +318,22 @@ def test_a_failure_of_the_server_tells_nothing(
 # ---- many clients ----
 
 
+@pytest.fixture
+def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps take so long that no answer ends by itself while a test looks."""
+    read = batch.read
+
+    def late(*arguments: Any) -> Any:
+        time.sleep(0.2)
+        return read(*arguments)
+
+    monkeypatch.setattr(batch, "read", late)
+
+
+@pytest.mark.usefixtures("slowly")
 def test_a_full_queue_answers_429(llama: Nugget2D, tmp_path: Path) -> None:
-    with serving(llama, tmp_path, slots=1, queue=0, max_tokens=4000) as server:
-        with server.client().completions.create(**LONG | {"max_tokens": 4000}, stream=True) as stream:
+    with serving(llama, tmp_path, slots=1, queue=0) as server:
+        with server.client().completions.create(**LONG, stream=True) as stream:
             next(iter(stream))
             response = server.http().post("/v1/completions", json=LONG)
             assert response.status_code == 429 and int(response.headers["retry-after"]) > 0
@@ -329,14 +342,14 @@ def test_a_full_queue_answers_429(llama: Nugget2D, tmp_path: Path) -> None:
         assert server.http().post("/v1/completions", json=LONG | {"max_tokens": 3}).status_code == 200
 
 
+@pytest.mark.usefixtures("slowly")
 def test_a_client_who_leaves_frees_its_slot(llama: Nugget2D, tmp_path: Path) -> None:
-    body = LONG | {"max_tokens": 4000}
-    with serving(llama, tmp_path, slots=1, max_tokens=4000) as server:
-        with server.http() as http, http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+    with serving(llama, tmp_path, slots=1) as server:
+        with server.http() as http, http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as response:
             next(response.iter_raw())
         assert idle(server)
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.5)
+            httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=0.5)
         assert idle(server)
 
 
