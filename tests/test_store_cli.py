@@ -3,10 +3,7 @@
 import json
 import lzma
 import os
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +12,10 @@ import tiny
 from cli_fixtures import save_tiny_model
 from nugget2d import Memory
 from nugget2d.errors import InputError, StoreError
+from nugget2d.indexing import processes
 from nugget2d.indexing import run as indexing
 from nugget2d.indexing.documents import Document, Failure, batches, count, documents
-from nugget2d.indexing.work import Job, Worker
+from nugget2d.indexing.work import Job, Outcome, Worker
 from nugget2d.store import MemoryStore
 from test_cli import fails, run
 
@@ -206,45 +204,36 @@ def test_workers_do_what_one_process_does(corpus: Path, tmp_path: Path, model: s
 
 
 def test_index_goes_on_where_it_stopped(corpus: Path, tmp_path: Path, model: str, monkeypatch) -> None:
-    """Interrupted by Ctrl-C as soon as something is kept; then run again."""
+    """Interrupted once something is kept, then run again by the command."""
     store = tmp_path / "store"
-    many = tmp_path / "many.jsonl"
-    many.write_text("\n".join(json.dumps({"text": f"{n}. {tiny.TEXT}" * 8}) for n in range(300)))
-    arguments = ["index", str(many), "--store", str(store), "--model", model, "--ratio", "4", "--workers", "1"]
-    command = [sys.executable, "-c", "from nugget2d.cli.app import main\nif __name__ == '__main__': main()", *arguments]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not list(store.rglob("*.nugget")) and time.monotonic() < deadline and running.poll() is None:
-        time.sleep(0.05)
-    os.killpg(running.pid, signal.SIGINT)
-    _, said = running.communicate(timeout=120)
-    assert running.returncode == 130 and said.decode().strip() == "error: interrupted"
+
+    def interrupted(job: Job, work: Iterator[list[Document]], workers: int) -> Iterator[list[Outcome]]:
+        """An engine like any other, in this process."""
+        yield Worker(job)(next(work))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(indexing, "BATCH_CHARS", 500)
+        patched.setattr(indexing, "run_in_processes", interrupted)
+        indexing.index(corpus, Job(store=str(store), model=model, ratio=4), 1)
     with MemoryStore(store) as opened:
-        kept = opened.records()
-        assert 0 < len(kept) < 300 and opened.verify() == []
+        kept = len(opened.records())
+        assert 0 < kept < 12 and opened.verify() == []
     result = run("index", corpus, "--store", store, "--model", model, "--ratio", 4, "--workers", 1, code=1)
     figures = dict(line.rsplit(None, 1) for line in result.stdout.splitlines())
-    assert figures["added"] == "12" and figures["failed"] == "2"
-    assert result.stderr.count("error: ") == 2 and "error: corpus.jsonl:14: not a JSON object" in result.stderr
-    again = dict(
-        line.rsplit(None, 1)
-        for line in run(
-            "index", corpus, "--store", store, "--model", model, "--ratio", 4, "--workers", 1, code=1
-        ).stdout.splitlines()
-    )
-    assert again["added"] == "0" and again["in the store before"] == "13"
+    assert figures["added"] == str(12 - kept) and figures["in the store before"] == str(kept + 1)
+    assert figures["failed"] == "2" and result.stderr.count("error: ") == 2
+    assert "error: corpus.jsonl:14: not a JSON object" in result.stderr
 
 
-def test_what_fits_no_document_ends_the_run(corpus: Path, tmp_path: Path) -> None:
+def test_a_store_or_corpus_that_cannot_be_used_ends_the_run(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "index.db").write_bytes(b"something else " * 100)
-    fails("index", corpus, "--store", tmp_path / "store", "--workers", 1, "--model", tmp_path, saying=str(tmp_path))
+    fails("index", corpus, "--store", tmp_path / "store", saying="index.db")
     fails("index", tmp_path / "none", "--store", tmp_path / "x", saying="give a folder")
 
 
-def test_a_worker_that_dies_is_one_clear_error(corpus: Path, tmp_path: Path, model: str, monkeypatch) -> None:
-    from nugget2d.indexing import processes
-
+def test_a_worker_that_dies_is_one_clear_error(corpus: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(processes, "_leave_interrupts_to_the_parent", os.abort)
     with pytest.raises(StoreError, match="a worker process was ended"):
-        indexing.index(corpus, Job(store=str(tmp_path / "store"), model=model), 1)
+        indexing.index(corpus, Job(store=str(tmp_path / "store"), model="nano"), 1)

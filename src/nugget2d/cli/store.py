@@ -6,7 +6,6 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from nugget2d.cli.options import (
     DEFAULT_MODEL,
@@ -22,7 +21,7 @@ from nugget2d.cli.options import (
     Tag,
     Tags,
 )
-from nugget2d.cli.shared import figures, load_model, progress, read_source, safe_to_interrupt, say
+from nugget2d.cli.shared import load_model, progress, read_source, safe_to_interrupt, say
 from nugget2d.errors import InputError, UnknownMemoryError
 
 if TYPE_CHECKING:
@@ -109,25 +108,25 @@ def show(id: Id, store: StorePlace = DEFAULT_STORE, json: Json = False) -> None:
     if json:
         _print_json({**record.model_dump(mode="json"), "file": place})
         return
-    table = figures()
-    table.add_row("id", record.id)
-    for name in ("name", "owner"):
-        if value := getattr(record, name):
-            table.add_row(name, _line(value))
-    if record.tags:
-        table.add_row("tags", _line(", ".join(record.tags)))
-    table.add_row("created", record.created)
-    table.add_row("model", f"{_line(record.model.name)} {record.model.model[:SHORT]}")
-    if record.settings is not None:
-        given = record.settings.model_dump().items()
-        table.add_row("settings", ", ".join(f"{name} {value}" for name, value in given if value))
-    table.add_row("characters", f"{record.num_chars:,}")
-    table.add_row("tokens", f"{record.num_tokens:,}")
-    table.add_row("nuggets", f"{record.num_nuggets:,}")
-    table.add_row("ratio", f"{record.ratio:.2f}")
-    table.add_row("bytes", f"{record.nbytes:,}")
-    table.add_row("file", place)
-    Console(soft_wrap=True).print(table)
+    given = record.settings.model_dump() if record.settings is not None else {}
+    lines = {
+        "id": record.id,
+        "name": _line(record.name),
+        "tags": _line(", ".join(record.tags)),
+        "owner": _line(record.owner),
+        "created": record.created,
+        "model": f"{_line(record.model.name)} {record.model.model[:SHORT]}",
+        "settings": ", ".join(f"{name} {value}" for name, value in given.items() if value),
+        "characters": f"{record.num_chars:,}",
+        "tokens": f"{record.num_tokens:,}",
+        "nuggets": f"{record.num_nuggets:,}",
+        "ratio": f"{record.ratio:.2f}",
+        "bytes": f"{record.nbytes:,}",
+        "file": place,
+    }
+    for name, value in lines.items():
+        if value:
+            typer.echo(f"{name:<12}{value}")
 
 
 @store.command()

@@ -8,6 +8,7 @@ from time import perf_counter
 from nugget2d.indexing.documents import Document, Failure, batches, count, documents
 from nugget2d.indexing.processes import run_in_processes
 from nugget2d.indexing.work import Job
+from nugget2d.store import MemoryStore
 
 BATCH_CHARS = 32_768  # some 8,000 tokens: what the model encodes at once
 
@@ -50,6 +51,7 @@ def index(source: Path, job: Job, workers: int, on_progress: Callable[[int, int]
         ModelError, StoreError, OutputError: the model or the store cannot be used; what was done is kept.
     """
     start, total, summary = perf_counter(), count(source), Summary()
+    MemoryStore(job.store).close()  # refused here, before workers are started
 
     def readable() -> Iterator[Document]:
         for document in documents(source):

@@ -216,7 +216,8 @@ class Bucket:
         try:
             yield
         except self._failures as error:
-            raise StoreError(f"{self._url}: {str(error).splitlines()[0]}") from error
+            reason = " ".join(str(error).split("Debug source")[0].split())
+            raise StoreError(f"{self._url}: {reason}") from error
 
 
 def _row_name(record_id: str) -> str:

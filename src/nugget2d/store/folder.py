@@ -37,7 +37,7 @@ PRAGMA journal_mode = WAL;
 CREATE TABLE records (
     id TEXT PRIMARY KEY, key TEXT NOT NULL, created TEXT NOT NULL,
     record BLOB NOT NULL, vectors BLOB NOT NULL, digest BLOB NOT NULL
-) WITHOUT ROWID;
+);
 CREATE INDEX records_by_key ON records (key);
 CREATE INDEX records_by_age ON records (created, id);
 """
@@ -210,9 +210,12 @@ class Folder:
     def _make(self) -> None:
         """Make an empty index; of two that do so at once, the first wins."""
         try:
+            new = [folder for folder in (self._memories, *self._memories.parents) if not folder.exists()]
             self._memories.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._memories, prefix=".new.") as folder, self._errors():
-                index = Path(folder, "index.db")
+            for folder in new:  # a memory is no safer than the name of the store
+                sync_folder(folder.parent)
+            with tempfile.TemporaryDirectory(dir=self._memories, prefix=".new.") as place, self._errors():
+                index = Path(place, "index.db")
                 db = sqlite3.connect(index, isolation_level=None)
                 db.executescript(_SCHEMA)
                 db.close()
