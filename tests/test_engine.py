@@ -20,6 +20,7 @@ from nugget2d.server import batch, engine, jobs
 from nugget2d.server.engine import Engine
 from nugget2d.server.jobs import Compression, Event, Failed, Finished, Generation, Made, Text
 from nugget2d.server.sampling import Sampler
+from nugget2d.server.slots import Slots
 from nugget2d.server.transcript import Transcript
 
 PROMPTS = ["The keeper", "Seven, he would say to the dog", " and", "In winter the road was closed " * 3]
@@ -324,6 +325,11 @@ def test_a_failure_is_its_own(start: Start, monkeypatch: pytest.MonkeyPatch) -> 
         patch.setattr(batch, "read", out_of_memory)
         made.submit(broken.job)
         assert "no memory" in str(broken.error())
+    with monkeypatch.context() as patch:
+        patch.setattr(Slots, "row", out_of_memory)  # no room in the batch
+        homeless = Client(model)
+        made.submit(homeless.job)
+        assert "no memory" in str(homeless.error())
     made.submit(survivor.job)
     assert survivor.text() == model.generate(" and", max_new_tokens=12)
 

@@ -67,6 +67,7 @@ def test_what_cannot_be_served_ends_with_one_line(tmp_path: Path, monkeypatch: p
         assert "cannot listen on 127.0.0.1" in refused(*store, "--port", str(taken.getsockname()[1]))
     assert "cannot listen on 127.0.0.1.2" in refused(*store, "--host", "127.0.0.1.2", "--api-key", "a")
     assert "can be reached from other machines" in refused(*store, "--host", "0.0.0.0")
+    assert "an API key is empty" in refused(*store, "--api-key", "a", "--api-key", " ")
     assert "model" in refused(*store, "--port", "0", "--model", str(tmp_path / "none"))
     (tmp_path / "file").touch()
     assert "store" in refused("--store", str(tmp_path / "file"), "--port", "0")

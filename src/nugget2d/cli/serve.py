@@ -45,6 +45,8 @@ def serve(
 ) -> None:
     """Serve a model and its memories over HTTP, as the OpenAI API does (docs/SERVING.md)."""
     keys = api_key or []
+    if not all(key.strip() for key in keys):
+        raise InputError("an API key is empty, so that everyone would have it; leave it out or give another")
     if not keys and not _is_loopback(host):
         raise InputError(
             f"{host} can be reached from other machines: give keys (NUGGET2D_API_KEYS), or stay on 127.0.0.1"

@@ -104,8 +104,8 @@ class Engine:
                 self._changed.wait_for(lambda: self._closing or self._waiting or self.num_running)
                 if self._closing:
                     break
-            self._dismiss()
-            self._admit()
+                self._dismiss()
+                self._admit()
             self._work()
             self._step()
         for job in self._jobs():
@@ -155,9 +155,10 @@ class Engine:
         """One piece of work; False if it was the last. A job that goes on by steps joins those like it."""
         job = unshared.job
         try:
-            unshared.left = next(unshared.work)
-            return True
-        except StopIteration:
+            left = next(unshared.work, None)
+            if left is not None:
+                unshared.left = left
+                return True
             if isinstance(job, Generation) and not job.done:
                 self._batches[job.role].join(job)
         except Exception as error:
