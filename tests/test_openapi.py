@@ -53,7 +53,7 @@ def test_answers_are_as_documented(
 ) -> None:
     statuses = set()
 
-    @settings(max_examples=15, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=10, suppress_health_check=list(HealthCheck))
     @given(document[path][method].as_strategy(generation_mode=mode))
     def check(case: schemathesis.Case) -> None:
         # a name that is nobody's and a text that is empty are right by form
