@@ -96,7 +96,8 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["compress", "reconstruct", "generate", "chat", "inspect", "train", "demo", "bench", "doctor"]
+    "command",
+    ["compress", "reconstruct", "generate", "chat", "inspect", "index", "store", "train", "demo", "bench", "doctor"],
 )
 def test_every_command_has_help(command: str) -> None:
     assert "Usage" in run(command, "--help").stdout

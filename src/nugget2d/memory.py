@@ -306,7 +306,8 @@ class Memory:
         try:
             with Path(path).open("rb") as file:
                 length = file.read(8)
-                metadata = _metadata(length + file.read(int.from_bytes(length, "little")), path)
+                header = min(int.from_bytes(length, "little"), Path(path).stat().st_size)  # damaged, it may be anything
+                metadata = _metadata(length + file.read(header), path)
             with safe_open(path, "pt") as tensors:
                 named = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
         except OSError as error:

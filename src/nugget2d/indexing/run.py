@@ -40,6 +40,8 @@ class Summary:
 def index(source: Path, job: Job, workers: int, on_progress: Callable[[int, int], None] | None = None) -> Summary:
     """Put every document of `source` into the job's store; those that it has already are not compressed again.
 
+    Workers are spawned: a script calls this below `if __name__ == "__main__":`.
+
     Args:
         source: see `documents`.
         job: how, and where to.

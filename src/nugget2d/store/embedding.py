@@ -3,7 +3,7 @@
 A segment's vector is the mean of its nuggets' values at the first layer: those are linear in what the chosen tokens
 are, and know nothing of positions. Vectors of one model are centred and whitened together before they are compared,
 which takes away what all texts share (compare the whitening of sentence embeddings, Su et al. 2021, arXiv 2103.15316).
-benchmarks/store_search.py measures how well this finds anything.
+Tokens that were not chosen are not in it: the higher the ratio, the less is found (benchmarks/store_search.py).
 """
 
 from dataclasses import dataclass
