@@ -97,7 +97,20 @@ def test_version() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["compress", "reconstruct", "generate", "chat", "inspect", "index", "store", "train", "demo", "bench", "doctor"],
+    [
+        "compress",
+        "reconstruct",
+        "generate",
+        "chat",
+        "inspect",
+        "index",
+        "store",
+        "serve",
+        "train",
+        "demo",
+        "bench",
+        "doctor",
+    ],
 )
 def test_every_command_has_help(command: str) -> None:
     assert "Usage" in run(command, "--help").stdout

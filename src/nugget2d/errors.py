@@ -41,6 +41,18 @@ class RecipeError(NuggetError):
     """A training recipe has a wrong key or value."""
 
 
+class OverloadError(NuggetError):
+    """As many requests are waiting as may; try again later."""
+
+
+class TimeLimitError(NuggetError):
+    """A request took longer than its server allows."""
+
+
+class ShutdownError(NuggetError):
+    """A server is shutting down, or was shut down before a request was done."""
+
+
 class ContextWarning(UserWarning):
     """A memory stands for more text than the model can go on from; only its last segments are read."""
 

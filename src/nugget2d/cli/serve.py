@@ -1,0 +1,85 @@
+"""`nugget2d serve`: an OpenAI-compatible server that reads stored memories."""
+
+from ipaddress import ip_address
+from typing import Annotated
+
+import typer
+
+from nugget2d.cli.options import DEFAULT_MODEL, DEFAULT_STORE, ModelName, StorePlace
+from nugget2d.cli.shared import load_model, safe_to_interrupt
+from nugget2d.errors import InputError
+
+
+def serve(
+    store: StorePlace = DEFAULT_STORE,
+    model: ModelName = DEFAULT_MODEL,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key",
+            envvar="NUGGET2D_API_KEYS",
+            help="Who may ask; repeatable. Other users of this machine can see it here: the variable is safer.",
+            show_default="everyone may",
+        ),
+    ] = None,
+    max_context: Annotated[
+        int | None,
+        typer.Option(
+            "--max-context",
+            min=8,
+            help="Tokens of a prompt that are read whole; longer ones are compressed but for their last part.",
+            show_default="the model's context",
+        ),
+    ] = None,
+    ratio: Annotated[
+        float, typer.Option("--ratio", min=1, help="Tokens for each nugget, unless asked otherwise.")
+    ] = 10,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")] = 1024,
+    slots: Annotated[int, typer.Option("--slots", min=1, help="Requests that run side by side.")] = 16,
+    queue: Annotated[int, typer.Option("--queue", min=0, help="Requests that may wait; more get 429.")] = 64,
+    time_limit: Annotated[float, typer.Option("--time-limit", min=0.1, help="Seconds for a request.")] = 120,
+    max_bytes: Annotated[int, typer.Option("--max-bytes", min=1024, help="Largest request.")] = 16 << 20,
+    grace: Annotated[float, typer.Option("--grace", min=0, help="Seconds for running requests at shutdown.")] = 30,
+) -> None:
+    """Serve a model and its memories over HTTP, as the OpenAI API does (docs/SERVING.md)."""
+    keys = api_key or []
+    if not all(key.strip() for key in keys):
+        raise InputError("an API key is empty, so that everyone would have it; leave it out or give another")
+    if not keys and not _is_loopback(host):
+        raise InputError(
+            f"{host} can be reached from other machines: give keys (NUGGET2D_API_KEYS), or stay on 127.0.0.1"
+        )
+    with safe_to_interrupt():
+        try:
+            import fastapi  # noqa: F401 - of the extra, as all that follows
+        except ImportError as error:
+            raise InputError("serving needs more packages: pip install 'nugget2d[server]'") from error
+
+        from nugget2d.server.run import listen, served_name
+        from nugget2d.server.run import serve as run
+        from nugget2d.server.settings import Keys, Settings
+        from nugget2d.store import MemoryStore
+
+    with listen(host, port) as listener, MemoryStore(store) as memories:
+        served = load_model(model)
+        settings = Settings(
+            name=served_name(model),
+            max_context=max_context or served.config.context,
+            ratio=ratio,
+            max_tokens=max_tokens,
+            slots=slots,
+            queue=queue,
+            seconds=time_limit,
+            max_bytes=max_bytes,
+            grace=grace,
+        )
+        run(served, memories, settings, Keys(keys), listener)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,92 @@
+"""The application: routes, and what becomes of errors."""
+
+import time
+
+from fastapi import APIRouter, FastAPI, Request, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from nugget2d import __version__
+from nugget2d.errors import NuggetError
+from nugget2d.server.completions import completions, require_model
+from nugget2d.server.exchange import Exchange, Gate
+from nugget2d.server.failures import Refusal, documented, refusal
+from nugget2d.server.memories import memories
+from nugget2d.server.schemas import Model, ModelList
+from nugget2d.server.service import Service
+from nugget2d.server.settings import Keys
+
+
+def make_app(service: Service, keys: Keys) -> ASGIApp:
+    """Everything that is served, behind its gate."""
+    # no pages about the API: they would load scripts from elsewhere
+    app = FastAPI(title="nugget2d", version=__version__, docs_url=None, redoc_url=None)
+    # the gate checks the key: this is for the document
+    documents_key = [Security(HTTPBearer(auto_error=False))] if keys.asked else []
+    for routes in (_models(service), completions(service), memories(service)):
+        app.include_router(routes, dependencies=documents_key)
+    app.include_router(_upkeep(service))
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _by_status)
+    app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(NuggetError, _refused)
+    app.add_exception_handler(Exception, _refused)
+    return Gate(app, service.settings, keys, service.metrics)
+
+
+def _models(service: Service) -> APIRouter:
+    api = APIRouter(prefix="/v1/models")
+    served = Model(id=service.settings.name, created=int(time.time()))
+
+    @api.get("", responses=documented(401))
+    async def listed() -> ModelList:
+        """The one that is served."""
+        return ModelList(data=[served])
+
+    @api.get("/{name}", responses=documented(401, 404, 422))
+    async def one(name: str) -> Model:
+        """It, if that is its name."""
+        require_model(service, name)
+        return served
+
+    return api
+
+
+def _upkeep(service: Service) -> APIRouter:
+    """For whoever runs the server; no key is asked for, and nothing of clients is shown."""
+    api = APIRouter()
+
+    @api.get("/health")
+    async def health() -> dict[str, str]:
+        """Whether requests are taken."""
+        return {"status": "ok"}
+
+    @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    return api
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    refused = refusal(error)
+    if refused.status >= 500:
+        Exchange.of(request).figures["reason"] = f"{type(error).__name__}: {error}"
+    return refused.response()
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    """What does not fit the schema: the first thing that is wrong, and where."""
+    first = error.errors()[0] if isinstance(error, RequestValidationError) else {}
+    place = ".".join(str(part) for part in first.get("loc", ())[1:])
+    return Refusal(422, f"{place or 'the body'}: {first.get('msg')}", "invalid_value", place or None).response()
+
+
+async def _by_status(request: Request, error: Exception) -> JSONResponse:
+    """What is no route, or no method of one."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    return Refusal(status, f"{request.method} {request.url.path}: {error}").response()

@@ -1,0 +1,81 @@
+"""`/v1/memories`: every owner's own."""
+
+from datetime import datetime
+from typing import Annotated
+
+from fastapi import APIRouter, File, Form, Query, Request, UploadFile
+
+from nugget2d.files import decode_text
+from nugget2d.server.exchange import Exchange
+from nugget2d.server.failures import documented
+from nugget2d.server.schemas import DeletedMemory, MemoryList, MemoryRequest, StoredMemory, Tag
+from nugget2d.server.service import Service
+from nugget2d.states import StoreDtype
+from nugget2d.store import Record
+
+REFUSED = documented(400, 401, 408, 413, 422, 429, 500, 503, 504)
+LISTED = documented(401, 422, 500)
+FOUND = documented(401, 404, 422, 500)
+
+
+def memories(service: Service) -> APIRouter:
+    """The routes that keep memories."""
+    api = APIRouter(prefix="/v1/memories")
+    store = service.store
+
+    @api.post("", status_code=201, responses=REFUSED)
+    async def create(body: MemoryRequest, request: Request) -> StoredMemory:
+        """Compress a text and keep the memory; the earlier one, if this text was compressed so before."""
+        return shown(await service.remember(Exchange.of(request), body))
+
+    @api.post("/file", status_code=201, responses=REFUSED)
+    async def upload(
+        request: Request,
+        file: Annotated[UploadFile, File(description="A UTF-8 text.")],
+        name: Annotated[str | None, Form(max_length=200, description="The file's own, if left out.")] = None,
+        tags: Annotated[list[Tag], Form(max_length=32)] = [],  # noqa: B006 - read only
+        ratio: Annotated[float | None, Form(ge=1, le=1e6)] = None,
+        dtype: Annotated[StoreDtype | None, Form()] = None,
+    ) -> StoredMemory:
+        """The same for a text file, as a form."""
+        text = decode_text(await file.read(), "the file")
+        title = (file.filename or "")[:200] if name is None else name
+        body = MemoryRequest(text=text, name=title, tags=tags, ratio=ratio, dtype=dtype)
+        return shown(await service.remember(Exchange.of(request), body))
+
+    @api.get("", responses=LISTED)
+    async def listed(request: Request, tag: Annotated[str | None, Query()] = None) -> MemoryList:
+        """All of them, oldest first."""
+        owner = Exchange.of(request).owner
+        records = await service.in_thread(lambda: store.records(owner=owner, tag=tag))
+        return MemoryList(data=[shown(record) for record in records])
+
+    @api.get("/{id}", responses=FOUND)
+    async def one(id: str, request: Request) -> StoredMemory:
+        """One of them."""
+        owner = Exchange.of(request).owner
+        return shown(await service.in_thread(lambda: store.record(id, owner=owner)))
+
+    @api.delete("/{id}", responses=FOUND)
+    async def forget(id: str, request: Request) -> DeletedMemory:
+        """Forget one; requests that read it already go on."""
+        owner = Exchange.of(request).owner
+        await service.in_thread(lambda: store.remove(id, owner=owner))
+        return DeletedMemory(id=id)
+
+    return api
+
+
+def shown(record: Record) -> StoredMemory:
+    """What an owner is told of a memory."""
+    return StoredMemory(
+        id=record.id,
+        created_at=int(datetime.fromisoformat(record.created).timestamp()),
+        name=record.name,
+        tags=list(record.tags),
+        num_tokens=record.num_tokens,
+        num_nuggets=record.num_nuggets,
+        num_chars=record.num_chars,
+        ratio=record.ratio,
+        bytes=record.nbytes,
+    )

@@ -1,0 +1,179 @@
+"""Answers in the two forms of the OpenAI API, whole or as server-sent events."""
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from nugget2d.server.exchange import Exchange
+from nugget2d.server.failures import refusal
+from nugget2d.server.jobs import Context, Event, Finished, Text
+from nugget2d.server.metrics import Metrics
+from nugget2d.server.schemas import (
+    Answer,
+    ChatChoice,
+    ChatChunk,
+    ChatCompletion,
+    Completion,
+    CompletionChoice,
+    Delta,
+    DeltaChoice,
+    PromptDetails,
+    Usage,
+)
+
+Reason = Literal["stop", "length"]
+
+
+class Reply(ABC):
+    """How one answer is put into words for its client; `prefix` begins its id."""
+
+    prefix: str
+
+    def __init__(self, model: str) -> None:
+        """An answer of `model`, from now."""
+        identity = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.head: dict[str, Any] = {"id": identity, "created": int(time.time()), "model": model}
+
+    @abstractmethod
+    def whole(self, text: str, reason: Reason, usage: Usage) -> BaseModel:
+        """All of it."""
+
+    @abstractmethod
+    def piece(self, text: str, reason: Reason | None) -> BaseModel:
+        """More of it."""
+
+    @abstractmethod
+    def end(self, usage: Usage) -> BaseModel:
+        """What follows the last piece, for those who asked for it."""
+
+
+class CompletionReply(Reply):
+    """For `/v1/completions`."""
+
+    prefix = "cmpl"
+
+    def whole(self, text: str, reason: Reason, usage: Usage) -> Completion:
+        """See `Reply`."""
+        return Completion(**self.head, choices=[CompletionChoice(text=text, finish_reason=reason)], usage=usage)
+
+    def piece(self, text: str, reason: Reason | None) -> Completion:
+        """See `Reply`."""
+        return Completion(**self.head, choices=[CompletionChoice(text=text, finish_reason=reason)])
+
+    def end(self, usage: Usage) -> Completion:
+        """See `Reply`."""
+        return Completion(**self.head, choices=[], usage=usage)
+
+
+class ChatReply(Reply):
+    """For `/v1/chat/completions`."""
+
+    prefix = "chatcmpl"
+
+    def whole(self, text: str, reason: Reason, usage: Usage) -> ChatCompletion:
+        """See `Reply`."""
+        choice = ChatChoice(message=Answer(content=text), finish_reason=reason)
+        return ChatCompletion(**self.head, choices=[choice], usage=usage)
+
+    def piece(self, text: str, reason: Reason | None) -> ChatChunk:
+        """See `Reply`."""
+        delta = Delta(role="assistant", content=text)
+        return ChatChunk(**self.head, choices=[DeltaChoice(delta=delta, finish_reason=reason)])
+
+    def end(self, usage: Usage) -> ChatChunk:
+        """See `Reply`."""
+        return ChatChunk(**self.head, choices=[], usage=usage)
+
+
+class Account:
+    """What an answer's events come to: usage, figures for the log, metrics."""
+
+    def __init__(self, exchange: Exchange, metrics: Metrics, context: Context) -> None:
+        """An answer to `context` begins."""
+        self._exchange, self._metrics, self._context = exchange, metrics, context
+        self._exchange.figures |= {"tokens": context.tokens, "nuggets": context.nuggets, "whole": context.whole}
+        for kind in ("tokens", "nuggets", "whole"):
+            metrics.tokens.labels(kind).inc(getattr(context, kind))
+
+    def first_text(self) -> None:
+        """The first piece is on its way."""
+        if "first_token_seconds" not in self._exchange.figures:
+            seconds = self._exchange.seconds
+            self._exchange.figures["first_token_seconds"] = round(seconds, 4)
+            self._metrics.first_token.observe(seconds)
+
+    def finish(self, finished: Finished) -> Usage:
+        """The answer is complete."""
+        self._metrics.tokens.labels("answer").inc(finished.tokens)
+        self._exchange.figures |= {"answer_tokens": finished.tokens, "finish": finished.reason}
+        context = self._context
+        return Usage(
+            prompt_tokens=context.tokens,
+            compressed_prompt_tokens=context.nuggets + context.whole,
+            completion_tokens=finished.tokens,
+            total_tokens=context.tokens + finished.tokens,
+            prompt_tokens_details=PromptDetails(
+                cached_tokens=context.stored,
+                nuggets=context.nuggets,
+                whole_tokens=context.whole,
+                unread_tokens=context.unread,
+            ),
+        )
+
+
+async def respond(
+    events: AsyncIterator[Event], reply: Reply, exchange: Exchange, metrics: Metrics, *, stream: bool, usage: bool
+) -> Response:
+    """The response to one question; it begins when the context begins to be read, so that errors have their status.
+
+    Args:
+        events: of the answer.
+        reply: its form.
+        exchange: whose response this is.
+        metrics: where it is counted.
+        stream: send text as it comes.
+        usage: end a stream with the usage.
+    """
+    context = await anext(events)
+    if not isinstance(context, Context):
+        raise TypeError(f"an answer begins with its context, not with {type(context).__name__}")
+    account = Account(exchange, metrics, context)
+    if stream:
+        return StreamingResponse(_sent(events, reply, account, usage), media_type="text/event-stream")
+    text = ""
+    async for event in events:
+        if isinstance(event, Text):
+            account.first_text()
+            text += event.text
+        elif isinstance(event, Finished):
+            whole = reply.whole(text, event.reason, account.finish(event))
+    return JSONResponse(whole.model_dump())
+
+
+async def _sent(events: AsyncIterator[Event], reply: Reply, account: Account, usage: bool) -> AsyncIterator[str]:
+    """An answer as server-sent events."""
+    try:
+        async for event in events:
+            if isinstance(event, Text):
+                account.first_text()
+                yield _data(reply.piece(event.text, None))
+            elif isinstance(event, Finished):
+                total = account.finish(event)
+                yield _data(reply.piece("", event.reason))
+                if usage:
+                    yield _data(reply.end(total))
+        yield "data: [DONE]\n\n"
+    except Exception as error:  # the status is sent already: an event must say it
+        refused = refusal(error)
+        yield _data(refused.body)
+        if refused.status >= 500:
+            raise
+
+
+def _data(body: BaseModel) -> str:
+    return f"data: {body.model_dump_json()}\n\n"

@@ -1,0 +1,64 @@
+"""What whoever runs a server decides."""
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from nugget2d.config import Frozen
+
+
+class Settings(Frozen):
+    """Limits of a server, each for a reason of its own.
+
+    Attributes:
+        name: how clients call the model.
+        max_context: tokens of a prompt that are read whole; of a longer one all but the last part is compressed.
+        ratio: tokens for each nugget, where a client does not say.
+        max_tokens: of an answer.
+        slots: requests that run side by side; each holds a cache.
+        queue: requests that wait for a slot; more are refused (429).
+        seconds: a request may take; it fails after that (504).
+        max_bytes: of a request (413).
+        grace: seconds that running requests get at shutdown.
+    """
+
+    name: str
+    max_context: int = Field(ge=8)
+    ratio: float = Field(default=10, ge=1)
+    max_tokens: int = Field(default=1024, ge=1)
+    slots: int = Field(default=16, ge=1)
+    queue: int = Field(default=64, ge=0)
+    seconds: float = Field(default=120, gt=0)
+    max_bytes: int = Field(default=16 << 20, ge=1024)
+    grace: float = Field(default=30, ge=0)
+
+
+class Keys:
+    """Who may ask. Each key has an owner name: its digest, under which its memories are stored; never the key."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        """Without keys everyone may ask, and all are one owner."""
+        self._owners = [_digest(key) for key in keys]
+
+    @property
+    def asked(self) -> bool:
+        """Whether there are any."""
+        return bool(self._owners)
+
+    def owner(self, authorization: str) -> str | None:
+        """The owner that an Authorization header speaks for; None if it may not ask.
+
+        All keys are compared, each in constant time: how long it takes says nothing about them.
+        """
+        if not self._owners:
+            return ""
+        scheme, _, key = authorization.partition(" ")
+        given = _digest(key.strip())
+        found = [owner for owner in self._owners if hmac.compare_digest(owner, given)]
+        return found[0] if found and scheme.lower() == "bearer" else None
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()

@@ -1,0 +1,139 @@
+"""Keys and values of requests that come and go: the cache of continuous batching.
+
+Every row fills its own slots from 0 on, wherever its tokens stand in the text: positions are given with every pass and
+a mask hides what a row has not filled. So a row joins by being copied alone, and leaves without moving the others.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from nugget2d.network import Network
+from nugget2d.parameters import Role
+
+
+class Slots(DynamicCache):
+    """B rows of keys and values in buffers with room for more rows and more slots, written in place.
+
+    A forward pass of q inputs a row writes each row's new states after those it has; `lengths` counts them only when
+    the pass is over, for all layers write at the same place.
+
+    Attributes:
+        lengths: slots filled, of each row.
+    """
+
+    def __init__(self) -> None:
+        """Empty."""
+        super().__init__()
+        self.lengths: list[int] = []
+        self._rows, self._capacity = 1, 0
+        self._buffers: list[tuple[Tensor, Tensor]] = []  # of each layer: (rows, kv_heads, capacity, head_dim)
+
+    def add(self, keys: Sequence[Tensor], values: Sequence[Tensor], capacity: int) -> None:
+        """A new row, of states (1, kv_heads, n, head_dim) per layer (none: an empty row), with room for `capacity`."""
+        self._make_room(capacity)
+        row, length = len(self.lengths), keys[0].shape[2] if keys else 0
+        for layer, states in enumerate(zip(keys, values, strict=True)):
+            for buffer, new in zip(self._buffer(layer, *states), states, strict=True):
+                buffer[row, :, :length] = new[0]
+        self.lengths.append(length)
+
+    def row(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The keys and the values of a row, as `add` wants them."""
+        own = slice(index, index + 1), slice(None), slice(self.lengths[index])
+        return [keys[own] for keys, _ in self._buffers], [values[own] for _, values in self._buffers]
+
+    def drop(self, index: int) -> None:
+        """Forget a row; the last one takes its place."""
+        length = self.lengths.pop()
+        last = len(self.lengths)
+        if index < last:
+            self.lengths[index] = length
+            for buffers in self._buffers:
+                for buffer in buffers:
+                    buffer[index, :, :length] = buffer[last, :, :length]
+        if not self.lengths:  # one long request must not hold its memory for ever
+            self._buffers, self._rows, self._capacity = [], 1, 0
+
+    def advance(self, queries: int) -> None:
+        """From now on what a pass of `queries` inputs has written counts."""
+        self.lengths = [length + queries for length in self.lengths]
+
+    def mask(self, queries: int, like: Tensor) -> Tensor:
+        """(B, 1, q, width) additive mask: an input sees what its row has filled, and the inputs up to itself."""
+        filled = torch.tensor(self.lengths, device=like.device)[:, None, None]
+        last = filled + torch.arange(queries, device=like.device)[:, None]
+        hidden = torch.arange(self.get_seq_length() + queries, device=like.device) > last
+        return like.new_zeros(hidden.shape).masked_fill_(hidden, torch.finfo(like.dtype).min)[:, None]
+
+    # ---- what transformers calls ----
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Slots of the longest row."""
+        return max(self.lengths, default=0)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write (B, kv_heads, q, head_dim) after each row's slots; return views of all rows, up to the longest."""
+        batch, _, queries, _ = key_states.shape
+        width = self.get_seq_length() + queries
+        device = key_states.device
+        rows = torch.arange(batch, device=device)[:, None]
+        slots = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(queries, device=device)
+        keys, values = self._buffer(layer_idx, key_states, value_states)
+        keys[rows, :, slots] = key_states.transpose(1, 2)
+        values[rows, :, slots] = value_states.transpose(1, 2)
+        return keys[:batch, :, :width], values[:batch, :, :width]
+
+    # ---- buffers ----
+
+    def _buffer(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The buffers of a layer; layers come in order the first time."""
+        if layer == len(self._buffers):
+            self._buffers.append((self._empty(keys), self._empty(values)))
+        return self._buffers[layer]
+
+    def _empty(self, like: Tensor) -> Tensor:
+        # zeros: what is masked still takes part in a sum, with weight 0, and 0 x NaN is NaN
+        return like.new_zeros(self._rows, like.shape[1], self._capacity, like.shape[3])
+
+    def _make_room(self, capacity: int) -> None:
+        """Room for one row more, and so many slots in every row."""
+        count, width = len(self.lengths), self.get_seq_length()
+        if count < self._rows and capacity <= self._capacity:
+            return
+        self._rows = self._rows if count < self._rows else 2 * self._rows
+        self._capacity = max(self._capacity, capacity)
+        old, self._buffers = self._buffers, []
+        for layer, buffers in enumerate(old):
+            for new, states in zip(self._buffer(layer, *buffers), buffers, strict=True):
+                new[:count, :, :width] = states[:count, :, :width]
+
+
+def read(model: Network, role: Role, slots: Slots, embeds: Tensor, positions: Sequence[int]) -> Tensor:
+    """(B, V) what comes after inputs (B, q, d), each row's first at its own position; `slots` keeps their states.
+
+    Args:
+        model: who reads.
+        role: with which weights: "base" reads text alone, "decoder" what follows a memory.
+        slots: B rows, with room for q more.
+        embeds: the inputs.
+        positions: of each row's first input.
+    """
+    queries = embeds.shape[1]
+    first = torch.tensor(positions, device=embeds.device)[:, None]
+    with model.parameters_by_role.role(role) as lm:
+        logits = lm(
+            inputs_embeds=embeds,
+            attention_mask=slots.mask(queries, model.mask_like(embeds)),
+            position_ids=first + torch.arange(queries, device=embeds.device),
+            past_key_values=slots,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+    slots.advance(queries)
+    return logits

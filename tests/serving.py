@@ -1,0 +1,52 @@
+"""A server over a tiny model, on a loopback port, in a thread of the tests' own process."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import uvicorn
+
+from nugget2d import Nugget2D
+from nugget2d.server.app import make_app
+from nugget2d.server.metrics import Metrics
+from nugget2d.server.run import listen
+from nugget2d.server.service import Service
+from nugget2d.server.settings import Keys, Settings
+from nugget2d.store import MemoryStore
+
+
+class Running:
+    """A server that answers."""
+
+    def __init__(self, url: str, service: Service) -> None:
+        self.url, self.service = url, service
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def http(self, key: str = "none") -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+
+
+@contextmanager
+def serving(model: Nugget2D, folder: Path, keys: tuple[str, ...] = (), **limits: Any) -> Iterator[Running]:
+    settings = Settings(**({"name": "tiny", "max_context": model.config.context, "ratio": 4} | limits))
+    with MemoryStore(folder) as store:
+        service = Service(model, store, settings, Metrics())
+        listener = listen("127.0.0.1", 0)
+        config = uvicorn.Config(make_app(service, Keys(keys)), log_config=None, lifespan="off")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+        thread.start()
+        try:
+            yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service)
+        finally:
+            server.should_exit = True
+            thread.join()
+            service.close()
+            listener.close()

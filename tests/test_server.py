@@ -1,0 +1,423 @@
+"""The HTTP interface, as the official client and others see it."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+import tiny
+from nugget2d import Nugget2D
+from nugget2d.server import batch
+from nugget2d.server.prompts import Message, Part, conversation, fit
+from nugget2d.server.settings import Keys
+from serving import Running, serving
+
+PROMPT = "The keeper"
+LONG = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1000, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def server(llama: Nugget2D, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with serving(llama, tmp_path_factory.mktemp("store")) as running:
+        yield running
+
+
+def memory_of(server: Running, text: str, **fields: Any) -> str:
+    """The id of a new memory."""
+    response = server.http().post("/v1/memories", json={"text": text, **fields})
+    assert response.status_code == 201, response.text
+    return response.json()["id"]
+
+
+def idle(server: Running) -> bool:
+    """Whether every slot becomes free soon."""
+    for _ in range(500):
+        if server.service.engine.num_running == 0:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+# ---- what is written ----
+
+
+def test_a_completion_is_what_generate_gives(server: Running, llama: Nugget2D) -> None:
+    answer = server.client().completions.create(model="tiny", prompt=PROMPT, max_tokens=12, temperature=0)
+    assert answer.choices[0].text == llama.generate(PROMPT, max_new_tokens=12)
+    assert (answer.object, answer.model) == ("text_completion", "tiny")
+    tokens = llama.ids(PROMPT).shape[1] + 1  # the start token
+    assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (tokens, tokens + answer.usage.completion_tokens)
+
+
+def test_a_memory_is_read_before_the_prompt(server: Running, llama: Nugget2D) -> None:
+    first = memory_of(server, tiny.TEXT[:300], ratio=5)
+    second = memory_of(server, tiny.TEXT[300:400], dtype="int8")
+
+    def ask(*ids: str) -> Any:
+        return server.client().completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=12, temperature=0, extra_body={"memory_ids": ids}
+        )
+
+    memory = llama.compress(tiny.TEXT[:300], ratio=5)
+    answer = ask(first)
+    assert answer.choices[0].text == llama.generate(PROMPT, memory=memory, max_new_tokens=12)
+    whole = llama.ids_after(PROMPT).shape[1]
+    assert answer.usage.prompt_tokens == memory.num_tokens + whole
+    assert answer.usage.compressed_prompt_tokens == memory.num_nuggets + whole
+    details = answer.usage.prompt_tokens_details
+    assert (details.cached_tokens, details.nuggets) == (memory.num_tokens, memory.num_nuggets)
+    assert (details.whole_tokens, details.unread_tokens) == (whole, 0)
+    both = ask(first, second)
+    assert both.usage.prompt_tokens > answer.usage.prompt_tokens
+    assert ask(second, first).usage.prompt_tokens == both.usage.prompt_tokens
+    assert len({text.choices[0].text for text in (answer, both, ask(second, first))}) == 3
+
+
+def test_a_stream_is_the_same_text_in_pieces(server: Running) -> None:
+    client = server.client()
+    options: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 20, "temperature": 1, "seed": 5}
+    whole = client.completions.create(**options)
+    chunks = list(client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
+    assert len(chunks) > 5
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    assert all(chunk.usage is None for chunk in client.completions.create(**options, stream=True))
+
+
+def test_stop_strings_and_their_reason(server: Running, llama: Nugget2D) -> None:
+    text = llama.generate(PROMPT, max_new_tokens=12)
+    answer = server.client().completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=12, temperature=0, stop=[text[4:7]]
+    )
+    assert answer.choices[0].text == text[: text.index(text[4:7])]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_a_chat_without_template_is_lines_of_roles(server: Running, llama: Nugget2D) -> None:
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Who"}, {"type": "text", "text": " bends?"}]},
+    ]
+    client = server.client()
+    answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0)
+    wanted = llama.generate("system: Be brief.\nuser: Who bends?\nassistant:", max_new_tokens=12)
+    assert answer.choices[0].message.content == wanted
+    assert answer.choices[0].message.role == "assistant"
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny", messages=messages, max_completion_tokens=12, temperature=0, stream=True
+        )
+    )
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == wanted
+    assert conversation(llama.tokenizer, [Message("user", "Hi")])[1] == ["\nuser:"]
+
+
+TEMPLATE = (
+    f"{{% for m in messages %}}{tiny.END}{{{{ m.role + '\\n' + m.content }}}}{{% endfor %}}"
+    f"{tiny.END}assistant{{{{ '\\n' }}}}"
+)
+
+
+def test_a_chat_template_has_special_tokens_and_its_clients_have_not() -> None:
+    tokenizer = tiny.make().tokenizer.__class__(tokenizer_object=tiny.tokenizer().backend_tokenizer, eos_token=tiny.END)
+    tokenizer.chat_template = TEMPLATE
+    parts, stop = conversation(tokenizer, [Message("user", f"a{tiny.END}b"), Message("assistant", "c")])
+    rendered = f"{tiny.END}user\na{tiny.END}b{tiny.END}assistant\nc{tiny.END}assistant\n"
+    assert "".join(part.text for part in parts) == rendered
+    assert stop == []
+    prompt = fit(tokenizer, parts, 1000, 32, after=False)
+    assert prompt.ids.count(tokenizer.eos_token_id) == 3
+    assert tokenizer.decode(prompt.ids) == rendered
+
+
+def test_what_is_too_long_is_compressed_but_for_its_end(llama: Nugget2D, tmp_path: Path) -> None:
+    text = tiny.TEXT[:900]
+    with serving(llama, tmp_path, max_context=64) as server:
+        answer = server.client().completions.create(model="tiny", prompt=text, max_tokens=8, temperature=0)
+    whole = answer.usage.prompt_tokens_details.whole_tokens
+    assert 0 < whole <= 32
+    prompt = fit(llama.tokenizer, [Part(text)], 64, llama.config.window, after=False)
+    head, tail = "".join(piece.text for piece in prompt.head), llama.text(prompt.ids)
+    assert head + tail == text and len(prompt.ids) == whole
+    memory = llama.compress(head, ratio=4)
+    assert answer.choices[0].text == llama.generate(tail, memory=memory, max_new_tokens=8)
+    assert answer.usage.prompt_tokens_details.nuggets == memory.num_nuggets
+    assert answer.usage.prompt_tokens == memory.num_tokens + whole
+
+
+def test_what_is_beyond_reach_is_said(llama: Nugget2D, tmp_path: Path) -> None:
+    model = tiny.trained("gpt2", "lora", window=32, context=64, name="/secret/folder")
+    with serving(model, tmp_path) as server:
+        short = memory_of(server, tiny.TEXT[:60])
+        ask = server.client().completions.create
+        assert ask(model="tiny", prompt="a", max_tokens=4, extra_body={"memory_ids": [short]}).choices[0].text
+        with pytest.raises(openai.BadRequestError, match="max_tokens leaves no room"):
+            ask(model="tiny", prompt="a", max_tokens=1024)
+        with pytest.raises(openai.BadRequestError, match="'tiny' has 1024"):
+            ask(model="tiny", prompt=tiny.TEXT[:90], max_tokens=980, extra_body={"memory_ids": [short]})
+    with serving(tiny.trained("llama", "copies", context=100), tmp_path / "other") as server:
+        memory = memory_of(server, tiny.TEXT)
+        usage = (
+            server.client()
+            .completions.create(model="tiny", prompt="a", max_tokens=4, extra_body={"memory_ids": [memory]})
+            .usage
+        )
+    details = usage.prompt_tokens_details
+    assert details.unread_tokens > details.cached_tokens - 100 > 0
+
+
+# ---- memories ----
+
+
+def test_memories_are_kept_listed_and_forgotten(llama: Nugget2D, tmp_path: Path) -> None:
+    with serving(llama, tmp_path) as server, server.http() as http:
+        fields = {"text": tiny.TEXT, "name": "log 😀", "tags": ["sea", "1"], "ratio": 6}
+        made = http.post("/v1/memories", json=fields)
+        memory = llama.compress(tiny.TEXT, ratio=6)
+        shown = made.json()
+        assert made.status_code == 201 and shown["object"] == "memory"
+        assert (shown["name"], shown["tags"], shown["num_chars"]) == ("log 😀", ["sea", "1"], len(tiny.TEXT))
+        assert (shown["num_tokens"], shown["num_nuggets"]) == (memory.num_tokens, memory.num_nuggets)
+        assert abs(shown["created_at"] - time.time()) < 60
+        assert http.post("/v1/memories", json=fields).json() == shown
+        files = {"file": ("page.txt", "Café 😀".encode())}
+        other = http.post("/v1/memories/file", files=files, data={"tags": ["x", "y"], "ratio": "2"}).json()
+        assert (other["name"], other["tags"], other["num_chars"]) == ("page.txt", ["x", "y"], 6)
+        assert http.get("/v1/memories").json() == {"object": "list", "data": [shown, other]}
+        assert http.get("/v1/memories", params={"tag": "sea"}).json()["data"] == [shown]
+        assert http.get(f"/v1/memories/{other['id']}").json() == other
+        gone = {"id": other["id"], "object": "memory", "deleted": True}
+        assert http.delete(f"/v1/memories/{other['id']}").json() == gone
+        assert http.get(f"/v1/memories/{other['id']}").status_code == 404
+        assert http.get("/v1/memories").json()["data"] == [shown]
+
+
+def test_a_key_sees_its_own_memories_only(llama: Nugget2D, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    keys = ("first-secret", "second-secret")
+    with serving(llama, tmp_path, keys) as server:
+        mine = server.http("first-secret").post("/v1/memories", json={"text": "Beans and peas."}).json()["id"]
+        other = server.http("second-secret")
+        assert other.get("/v1/memories").json()["data"] == []
+        body = {"model": "tiny", "prompt": "a", "memory_ids": [mine], "max_tokens": 4}
+        for response in (
+            other.get(f"/v1/memories/{mine}"),
+            other.delete(f"/v1/memories/{mine}"),
+            other.post("/v1/completions", json=body),
+        ):
+            assert response.status_code == 404 and response.json()["error"]["code"] == "memory_not_found"
+        theirs = other.post("/v1/memories", json={"text": "Beans and peas."}).json()["id"]
+        assert theirs != mine
+        assert server.http("first-secret").post("/v1/completions", json=body).status_code == 200
+        for header in ("none", "Bearer none", "Bearer first-secre", "Bearer first-secret2", "Basic first-secret"):
+            response = httpx.get(f"{server.url}/v1/memories", headers={"Authorization": header})
+            assert response.status_code == 401 and response.json()["error"]["type"] == "authentication_error"
+        with pytest.raises(openai.AuthenticationError):
+            server.client("third").models.list()
+        assert httpx.get(f"{server.url}/health").status_code == 200
+    kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()).decode("latin-1")
+    assert "secret" not in kept + capfd.readouterr().err
+
+
+def test_owners_are_told_apart_by_the_whole_key() -> None:
+    keys = Keys(["one", "two"])
+    owners = [keys.owner(f"Bearer {key}") for key in ("one", "two", "on", "one ", "ONE", "")]
+    assert owners[0] and owners[1] and owners[0] != owners[1]
+    assert owners[3] == owners[0] and not any((owners[2], owners[4], owners[5]))
+    assert keys.owner("one") is None and keys.owner("Basic one") is None and keys.owner("bearer one") == owners[0]
+    assert "one" not in owners[0]
+    assert Keys([]).owner("") == ""
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "saying"),
+    [
+        ("GET", "/v1/nothing", None, 404, "/v1/nothing"),
+        ("DELETE", "/v1/completions", None, 405, "DELETE"),
+        ("POST", "/v1/completions", {"prompt": "a"}, 422, "model: Field required"),
+        ("POST", "/v1/completions", {"model": "gpt", "prompt": "a"}, 404, "no model 'gpt' here, only 'tiny'"),
+        ("POST", "/v1/completions", {"model": "tiny"}, 400, "nothing to continue"),
+        ("POST", "/v1/completions", {"model": "tiny", "prompt": "a", "wrong": 1}, 422, "wrong"),
+        ("POST", "/v1/completions", {"model": "tiny", "prompt": "a", "n": 2}, 422, "n: "),
+        ("POST", "/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 9999}, 400, "allows 1024"),
+        ("POST", "/v1/completions", {"model": "tiny", "prompt": "a", "memory_ids": ["x"]}, 404, "no memory 'x'"),
+        ("POST", "/v1/completions", {"model": "tiny", "prompt": "\ud800"}, 400, "surrogate"),
+        ("POST", "/v1/completions", {"model": "\ud800"}, 422, "surrogates"),
+        ("POST", "/v1/completions", {"model": "tiny", "\ud800": 1}, 422, "unicode"),
+        ("POST", "/v1/memories", {"text": "a", "tags": ["\ud800"]}, 422, "tags.0"),
+        ("POST", "/v1/completions", "not an object", 422, "valid dictionary"),
+        ("POST", "/v1/chat/completions", {"model": "tiny", "messages": []}, 422, "at least 1"),
+        ("POST", "/v1/memories", {"text": ""}, 422, "text"),
+        ("POST", "/v1/memories", {"text": "a", "ratio": 0.5}, 422, "ratio"),
+        ("GET", "/v1/memories/%00", None, 404, "no memory"),
+        ("GET", "/v1/models/other", None, 404, "no model"),
+    ],
+)
+def test_errors_say_what_was_wrong(
+    server: Running, method: str, path: str, body: object, status: int, saying: str
+) -> None:
+    content = None if body is None else json.dumps(body)
+    response = server.http().request(method, path, content=content, headers={"Content-Type": "application/json"})
+    error = response.json()["error"]
+    assert response.status_code == status
+    assert saying in error["message"] and set(error) == {"message", "type", "param", "code"}
+    assert len(response.headers["x-request-id"]) == 32
+
+
+def test_bodies_that_are_no_json_or_no_text(server: Running) -> None:
+    http, form = server.http(), {"Content-Type": "application/json"}
+    for body in (b"{", b"\xff", b'{"model": "tiny", "prompt": "a", "temperature": NaN}', b"[" * 100_000, b"9" * 5000):
+        response = http.post("/v1/completions", content=body, headers=form)
+        assert response.status_code in (400, 422) and response.json()["error"]["message"]
+    response = http.post("/v1/memories/file", files={"file": ("a", b"\xff")})
+    assert response.status_code == 400 and "not UTF-8 (byte 0)" in response.json()["error"]["message"]
+
+
+def test_requests_of_any_size_and_pace_are_bounded(llama: Nugget2D, tmp_path: Path) -> None:
+    with serving(llama, tmp_path, max_bytes=2000, seconds=1) as server:
+        http = server.http()
+        assert http.post("/v1/memories", json={"text": "a" * 3000}).status_code == 413
+        chunks = (b"a" * 500 for _ in range(10))  # nobody has said how many
+        assert http.post("/v1/memories", content=chunks).status_code == 413
+        address = (httpx.URL(server.url).host, httpx.URL(server.url).port)
+        with socket.create_connection(address) as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n{")
+            assert b" 408 " in slow.recv(1000)
+        response = http.post("/v1/completions", json=LONG | {"max_tokens": 1024, "prompt": "a" * 1900})
+        assert response.status_code in (200, 504)
+
+
+def test_a_failure_of_the_server_tells_nothing(
+    server: Running, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("/secret/path is broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "read", fail)
+        response = server.http().post("/v1/completions", json=LONG)
+        assert response.status_code == 500
+        assert response.json()["error"]["type"] == "server_error"
+        with pytest.raises(openai.APIError, match="the server failed") as streamed:
+            list(server.client().completions.create(**LONG, stream=True))
+    assert "secret" not in response.text + str(streamed.value) and "Traceback" not in response.text
+    assert "/secret/path" in capfd.readouterr().err  # the log has it
+    assert server.http().post("/v1/completions", json=LONG | {"max_tokens": 3}).status_code == 200
+
+
+# ---- many clients ----
+
+
+@pytest.fixture
+def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps take so long that no answer ends by itself while a test looks."""
+    read = batch.read
+
+    def late(*arguments: Any) -> Any:
+        time.sleep(0.2)
+        return read(*arguments)
+
+    monkeypatch.setattr(batch, "read", late)
+
+
+@pytest.mark.usefixtures("slowly")
+def test_a_full_queue_answers_429(llama: Nugget2D, tmp_path: Path) -> None:
+    with serving(llama, tmp_path, slots=1, queue=0) as server:
+        with server.client().completions.create(**LONG, stream=True) as stream:
+            next(iter(stream))
+            response = server.http().post("/v1/completions", json=LONG)
+            assert response.status_code == 429 and int(response.headers["retry-after"]) > 0
+            assert response.json()["error"]["code"] == "queue_full"
+        assert idle(server)  # the stream was closed in the middle
+        assert server.http().post("/v1/completions", json=LONG | {"max_tokens": 3}).status_code == 200
+
+
+@pytest.mark.usefixtures("slowly")
+def test_a_client_who_leaves_frees_its_slot(llama: Nugget2D, tmp_path: Path) -> None:
+    with serving(llama, tmp_path, slots=1) as server:
+        with server.http() as http, http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as response:
+            next(response.iter_raw())
+        assert idle(server)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=0.5)
+        assert idle(server)
+
+
+def test_a_client_who_does_not_read_blocks_nobody(llama: Nugget2D, tmp_path: Path) -> None:
+    with serving(llama, tmp_path, slots=2, max_tokens=4000) as server:
+        body = json.dumps(LONG | {"max_tokens": 4000, "stream": True}).encode()
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        )
+        address = (httpx.URL(server.url).host, httpx.URL(server.url).port)
+        with socket.socket() as lazy:
+            lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            lazy.connect(address)
+            lazy.sendall(head % len(body) + body)
+            answer = server.client().completions.create(**LONG | {"max_tokens": 12})
+            assert answer.usage.completion_tokens <= 12
+            assert lazy.recv(10) == b"HTTP/1.1 2"
+
+
+def test_answers_to_many_at_once(server: Running, llama: Nugget2D) -> None:
+    memory = memory_of(server, tiny.TEXT[:200])
+    prompts = [f"{word} " for word in tiny.TEXT.split()[:12]]
+    answers: dict[str, str] = {}
+
+    def ask(prompt: str) -> None:
+        body = {"memory_ids": [memory]}
+        answer = server.client().completions.create(
+            model="tiny", prompt=prompt, max_tokens=10, temperature=0, extra_body=body
+        )
+        answers[prompt] = answer.choices[0].text
+
+    threads = [threading.Thread(target=ask, args=(prompt,)) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    kept = llama.compress(tiny.TEXT[:200], ratio=4)
+    assert answers == {prompt: llama.generate(prompt, memory=kept, max_new_tokens=10) for prompt in prompts}
+
+
+# ---- for whoever runs it ----
+
+
+def test_metrics_count(llama: Nugget2D, tmp_path: Path) -> None:
+    with serving(llama, tmp_path) as server:
+        http = server.http()
+        used = http.post("/v1/completions", json=LONG | {"max_tokens": 5}).json()["usage"]
+        http.get("/v1/memories/none")
+        text = http.get("/metrics").text
+    assert 'nugget2d_requests_total{route="/v1/completions",status="200"} 1.0' in text
+    assert 'nugget2d_requests_total{route="/v1/memories/{id}",status="404"} 1.0' in text
+    assert f'nugget2d_tokens_total{{kind="answer"}} {float(used["completion_tokens"])}' in text
+    assert "nugget2d_first_token_seconds_count 1.0" in text
+    assert "nugget2d_batch_size_count 4.0" in text  # the first token comes with the prompt
+    assert "nugget2d_queue_depth 0.0" in text and "nugget2d_running 0.0" in text
+
+
+def test_a_line_of_json_for_every_request(server: Running, capfd: pytest.CaptureFixture[str]) -> None:
+    response = server.http().post("/v1/completions", json=LONG | {"max_tokens": 5})
+    server.http().get("/v1/secret-address")
+    first, second = (json.loads(line) for line in capfd.readouterr().err.splitlines())
+    assert first["id"] == response.headers["x-request-id"]
+    assert (first["route"], first["status"], first["answer_tokens"]) == ("/v1/completions", 200, 5)
+    assert first["first_token_seconds"] <= first["seconds"]
+    assert (second["status"], second["route"]) == (404, "none")
+    assert PROMPT not in json.dumps(first) and "secret" not in json.dumps(second)
+
+
+def test_models(server: Running) -> None:
+    assert [model.id for model in server.client().models.list()] == ["tiny"]
+    assert server.client().models.retrieve("tiny").owned_by == "nugget2d"
