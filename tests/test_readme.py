@@ -34,6 +34,7 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     document = (resources.files("nugget2d") / "cli" / "demo.txt").read_text(encoding="utf-8")
     (tmp_path / "book.txt").write_text(document, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NUGGET2D_STORE", str(tmp_path / "store"))
     # those that run for minutes or for ever have tests of their own
     long = tuple(f"nugget2d {name}" for name in ("train", "index", "serve", "bench"))
     lines = [line.split("  #")[0] for block in blocks("sh")[1:3] for line in block.splitlines()]
