@@ -163,6 +163,28 @@ def novel() -> str:
     return markdown_table(["", ""], rows)
 
 
+def bounded_states() -> str:
+    """Perplexities when no query sees more than so many states."""
+    page = (RESULTS / "lm" / "lm.md").read_text(encoding="utf-8")
+    return page[page.index("Perplexity per token") :].replace("\n## ", "\n### ").strip()
+
+
+def long_stream() -> str:
+    """A novel, by position: nats, time and bytes of every way to read it."""
+    ways = _read("streams/streaming.json")["results"]
+    header = ["tokens read"]
+    header += [f"{what}: {way}" for what in ("nats", "ms a token", "MB held") for way in ways]
+    found = {way: {point["position"]: point for point in points} for way, points in ways.items()}
+    scales = {"nats": 1.0, "ms_per_token": 1.0, "bytes": 1e-6}
+    rows = []
+    for position in next(iter(found.values())):
+        cells = [found[way].get(position) for way in ways]
+        rows.append([f"{position:,}"] + [
+            "" if cell is None else f"{scale * cell[key]:.2f}" for key, scale in scales.items() for cell in cells
+        ])
+    return markdown_table(header, rows)
+
+
 def streaming_mask() -> str:
     """Chunks that gather their keys against one dense mask."""
     rows = [
@@ -225,6 +247,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "studies": studies,
     "selection-bound": selection_bound,
     "novel": novel,
+    "bounded-states": bounded_states,
+    "long-stream": long_stream,
     "streaming-mask": streaming_mask,
     "refinement": refinement,
     "speed": speed,
