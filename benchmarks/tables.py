@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "docs" / "RESULTS.md", ROOT / "src" / "nugget2d" / "models" / "nano" / "README.md")
 POLICIES = ("even", "window", "learned", "random", "punctuation")
 
-_BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
 
 def filled(text: str) -> str:
     """`text` with all of its tables made again."""
-    return _BLOCK.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+    return _BLOCK.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
 
 
 def reconstruction() -> str:
