@@ -230,7 +230,7 @@ def speed() -> str:
         "memory tokens/s": "memory_tokens_per_s",
         "decode speed-up": "decode_speedup",
         "full cache bytes": "full_cache_bytes",
-        "memory bytes": "memory_bytes",
+        "memory file bytes": "memory_file_bytes",
     }
     rows = [[_figure(r[key]) for key in columns.values()] for r in _read("speed.json")["results"]]
     return markdown_table(list(columns), rows)
