@@ -236,6 +236,11 @@ def speed() -> str:
     return markdown_table(list(columns), rows)
 
 
+def breakeven() -> str:
+    """What a context costs once and a question, three ways."""
+    return _table_of("breakeven/breakeven.md")
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "reconstruction": reconstruction,
     "profile": profile,
@@ -252,6 +257,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "streaming-mask": streaming_mask,
     "refinement": refinement,
     "speed": speed,
+    "breakeven": breakeven,
 }
 
 
