@@ -7,7 +7,7 @@ Replaces what stands between `<!-- table NAME -->` and `<!-- end -->`; a test ho
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -266,8 +266,8 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _table_of(name: str) -> str:
-    """The first table of a Markdown report."""
-    lines: Sequence[str] = (RESULTS / name).read_text(encoding="utf-8").splitlines()
+    """The table of a Markdown report that has one."""
+    lines = (RESULTS / name).read_text(encoding="utf-8").splitlines()
     return "\n".join(line for line in lines if line.startswith("|"))
 
 

@@ -107,9 +107,7 @@ def _inputs(model: Network, prompt: str, memory: Memory | None, copies: int, new
     if memory is None:
         if not prompt:
             raise InputError("nothing to continue: give a prompt or a memory")
-        ids = model.ids(prompt)
-        if model.start_token is not None:
-            ids = torch.cat([torch.full_like(ids[:, :1], model.start_token), ids], dim=1)
+        ids = model.after_start(model.ids(prompt))
         model.require_positions(ids.shape[1] + new_tokens - 1)
         embeds = model.embed(ids)
         return {"inputs_embeds": embeds, "attention_mask": embeds.new_ones(embeds.shape[:2]).long()}

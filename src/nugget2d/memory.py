@@ -257,9 +257,9 @@ class Memory:
 
     def to_bytes(self) -> bytes:
         """What `save` writes."""
-        header = json.dumps(self._header(), sort_keys=True)
-        metadata = {"format": FORMAT, "version": str(VERSION), "header": header, "checksum": self.checksum}
-        return save_tensors(self._tensors(), metadata)
+        tensors, header = self._tensors(), json.dumps(self._header(), sort_keys=True)
+        metadata = {"format": FORMAT, "version": str(VERSION), "header": header}
+        return save_tensors(tensors, {**metadata, "checksum": _checksum(tensors, header)})
 
     @staticmethod
     def load(path: Path | str) -> "Memory":

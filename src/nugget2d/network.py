@@ -227,6 +227,15 @@ class Network(nn.Module):
         bos = self.tokenizer.bos_token_id
         return self.tokenizer.eos_token_id if bos is None else bos
 
+    def after_start(self, ids: Tensor) -> Tensor:
+        """(1, n) tokens of a text as plain language modelling reads them: behind the start token, if there is one.
+
+        Of no tokens, none.
+        """
+        if self.start_token is None:
+            return ids
+        return torch.cat([torch.full_like(ids[:, :1], self.start_token), ids], dim=1)
+
     @cached_property
     def reach(self) -> int | None:
         """Positions that exist while nuggets are read; None: no end (rotary models without sliding windows)."""

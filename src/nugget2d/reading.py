@@ -207,9 +207,7 @@ def score(model: Network, text: str, memory: Memory | None) -> float:
         nuggets, end = text_nuggets(model, memory, room=ids.shape[1])
         logits = model.decode(nuggets, ids[:, :-1], prompt="continue", start=end)
         return float(token_losses(logits, ids).mean())
-    ids = model.ids(text)
-    if model.start_token is not None:
-        ids = torch.cat([torch.full_like(ids[:, :1], model.start_token), ids], dim=1)
+    ids = model.after_start(model.ids(text))
     if ids.shape[1] < 2:
         raise InputError("nothing to score: the text is empty or a single token that nothing predicts")
     logits = model.decode(None, ids[:, :-1], prompt=None)

@@ -53,7 +53,7 @@ def roomy_cache(model: Network, room: int) -> Cache:
 @torch.no_grad()
 def answer_from_text(model: Network, context: str, question: Tensor, length: int) -> Iterator[Tensor]:
     """`length` tokens after `context` and the (1, q) ids of `question`, all of it read by the plain LM."""
-    embeds = model.embed(torch.cat([_ids(model, context), question], dim=1))
+    embeds = model.embed(torch.cat([model.after_start(model.ids(context)), question], dim=1))
     yield from _write(model, "base", roomy_cache(model, length), embeds, 0, length)
 
 
@@ -61,7 +61,7 @@ def answer_from_text(model: Network, context: str, question: Tensor, length: int
 def keep_cache(model: Network, context: str, room: int) -> Cache:
     """What the plain LM has read: keys and values of every token of `context`, with room for question and answer."""
     cache = roomy_cache(model, room)
-    list(_write(model, "base", cache, model.embed(_ids(model, context)), 0, 1))
+    list(_write(model, "base", cache, model.embed(model.after_start(model.ids(context))), 0, 1))
     return cache
 
 
@@ -86,14 +86,6 @@ def answer_from_memory(model: Network, file: Path, question: Tensor, length: int
     for layer, (keys, values) in enumerate(zip(nuggets.keys, nuggets.values, strict=True)):
         cache.update(keys, values, layer)
     yield from _write(model, "decoder", cache, embeds, memory.num_tokens, length)
-
-
-def _ids(model: Network, context: str) -> Tensor:
-    """(1, n) tokens as `generate` reads a text: after the start token, if there is one."""
-    ids = model.ids(context)
-    if model.start_token is None:
-        return ids
-    return torch.cat([torch.full_like(ids[:, :1], model.start_token), ids], dim=1)
 
 
 def _write(model: Network, role: Role, cache: Cache, embeds: Tensor, position: int, length: int) -> Iterator[Tensor]:
