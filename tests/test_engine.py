@@ -84,6 +84,12 @@ def start() -> Iterator[Start]:
         made.close()
 
 
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No token ends an answer before its last, however fast the machine is."""
+    monkeypatch.setattr(jobs, "end_tokens", lambda model: frozenset())
+
+
 @pytest.mark.parametrize(("kind", "adapters"), KINDS)
 def test_answers_side_by_side_are_those_of_generate(kind: str, adapters: str, start: Start) -> None:
     """Memories of several lengths and plain prompts, that join and leave at different steps."""
@@ -191,6 +197,7 @@ def test_stop_strings_end_answers(llama: Nugget2D, start: Start) -> None:
     assert isinstance(got[-1], Finished) and got[-1].reason == "stop" and got[-1].tokens < 12
 
 
+@pytest.mark.usefixtures("endless")
 def test_long_work_does_not_hold_up_answers(llama: Nugget2D, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "TURN", 16)
     monkeypatch.setattr(engine, "WORK_SECONDS", 0)
@@ -269,6 +276,7 @@ def test_one_rotation_serves_engines_that_number_slots(llama: Nugget2D) -> None:
     assert not torch.allclose(unturned, wanted, atol=1e-1)
 
 
+@pytest.mark.usefixtures("endless")
 def test_a_cancelled_job_leaves_its_slot(llama: Nugget2D, start: Start) -> None:
     made = start(llama, slots=1)
     first, second, third = Client(llama, max_new_tokens=3000), Client(llama), Client(llama)
@@ -283,6 +291,7 @@ def test_a_cancelled_job_leaves_its_slot(llama: Nugget2D, start: Start) -> None:
     assert not any(isinstance(first.events.get(), (Finished, Failed)) for _ in range(first.events.qsize()))
 
 
+@pytest.mark.usefixtures("endless")
 def test_what_cannot_wait_is_refused(llama: Nugget2D, start: Start) -> None:
     made = start(llama, slots=1, queue=1)
     running, waiting = Client(llama, max_new_tokens=3000), Client(llama)
@@ -296,6 +305,7 @@ def test_what_cannot_wait_is_refused(llama: Nugget2D, start: Start) -> None:
     made.submit(Client(llama).job)
 
 
+@pytest.mark.usefixtures("endless")
 def test_time_limits_hold_for_those_who_run_and_who_wait(llama: Nugget2D, start: Start) -> None:
     made = start(llama, slots=1)
     running, waiting = Client(llama, max_new_tokens=3000, seconds=0.5), Client(llama, seconds=0.3)
@@ -334,6 +344,7 @@ def test_a_failure_is_its_own(start: Start, monkeypatch: pytest.MonkeyPatch) -> 
     assert survivor.text() == model.generate(" and", max_new_tokens=12)
 
 
+@pytest.mark.usefixtures("endless")
 def test_closing_fails_what_is_not_done(llama: Nugget2D) -> None:
     made = Engine(llama, slots=1, queue=5)
     running, waiting = Client(llama, max_new_tokens=3000), Client(llama)
