@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,18 @@ def memory_of(server: Running, text: str, **fields: Any) -> str:
     return response.json()["id"]
 
 
-def idle(server: Running) -> bool:
-    """Whether every slot becomes free soon."""
+def soon(condition: Callable[[], bool]) -> bool:
+    """Whether it comes to hold: what the server does after its answer, a client does not wait for."""
     for _ in range(500):
-        if server.service.engine.num_running == 0:
+        if condition():
             return True
         time.sleep(0.01)
     return False
+
+
+def idle(server: Running) -> bool:
+    """Whether every slot becomes free soon."""
+    return soon(lambda: server.service.engine.num_running == 0)
 
 
 # ---- what is written ----
@@ -398,9 +403,10 @@ def test_metrics_count(llama: Nugget2D, tmp_path: Path) -> None:
         http = server.http()
         used = http.post("/v1/completions", json=LONG | {"max_tokens": 5}).json()["usage"]
         http.get("/v1/memories/none")
+        counted = 'nugget2d_requests_total{route="/v1/memories/{id}",status="404"} 1.0'
+        assert soon(lambda: counted in http.get("/metrics").text)
         text = http.get("/metrics").text
     assert 'nugget2d_requests_total{route="/v1/completions",status="200"} 1.0' in text
-    assert 'nugget2d_requests_total{route="/v1/memories/{id}",status="404"} 1.0' in text
     assert f'nugget2d_tokens_total{{kind="answer"}} {float(used["completion_tokens"])}' in text
     assert "nugget2d_first_token_seconds_count 1.0" in text
     assert "nugget2d_batch_size_count 4.0" in text  # the first token comes with the prompt
@@ -408,10 +414,17 @@ def test_metrics_count(llama: Nugget2D, tmp_path: Path) -> None:
 
 
 def test_a_line_of_json_for_every_request(server: Running, capfd: pytest.CaptureFixture[str]) -> None:
-    response = server.http().post("/v1/completions", json=LONG | {"max_tokens": 5})
-    server.http().get("/v1/secret-address")
-    first, second = (json.loads(line) for line in capfd.readouterr().err.splitlines())
-    assert first["id"] == response.headers["x-request-id"]
+    answers = [server.http().post("/v1/completions", json=LONG | {"max_tokens": 5})]
+    answers.append(server.http().get("/v1/secret-address"))
+    ids = [answer.headers["x-request-id"] for answer in answers]
+    logged: dict[str, dict[str, Any]] = {}
+
+    def written() -> bool:
+        logged.update({line["id"]: line for line in map(json.loads, capfd.readouterr().err.splitlines())})
+        return logged.keys() >= set(ids)
+
+    assert soon(written)
+    first, second = (logged[name] for name in ids)
     assert (first["route"], first["status"], first["answer_tokens"]) == ("/v1/completions", 200, 5)
     assert first["first_token_seconds"] <= first["seconds"]
     assert (second["status"], second["route"]) == (404, "none")
