@@ -110,9 +110,7 @@ def policies() -> str:
     for policy in POLICIES:
         folder = "distortion" if policy == "even" else f"selection-{policy}"
         cells = {c["ratio"]: c for c in _read(f"{folder}/distortion.json")["cells"] if c["length"] == 128}
-        figures = [
-            f"{cells[r]['bleu']['value']:.1f} / {100 * cells[r]['token_accuracy']['value']:.1f}" for r in ratios
-        ]
+        figures = [f"{cells[r]['bleu']['value']:.1f} / {100 * cells[r]['token_accuracy']['value']:.1f}" for r in ratios]
         rows.append([policy, *figures])
     return markdown_table(["selection", *(f"{ratio}x BLEU / accuracy %" for ratio in ratios)], rows)
 
@@ -130,12 +128,14 @@ def studies() -> str:
         if name == "selection":
             continue
         means = {arm: one["mean"] for arm, one in report["summary"].items()}
-        rows.append([
-            f"[{name}](../benchmarks/results/studies/{name}/study.md)",
-            yaml.safe_load(report["text"])["question"],
-            ", ".join(f"{arm} {100 * mean['accuracy_20x']:.1f}" for arm, mean in means.items()),
-            ", ".join(f"{mean['lm_loss']:.3f}" for mean in means.values()),
-        ])
+        rows.append(
+            [
+                f"[{name}](../benchmarks/results/studies/{name}/study.md)",
+                yaml.safe_load(report["text"])["question"],
+                ", ".join(f"{arm} {100 * mean['accuracy_20x']:.1f}" for arm, mean in means.items()),
+                ", ".join(f"{mean['lm_loss']:.3f}" for mean in means.values()),
+            ]
+        )
     return markdown_table(["study", "question", "20x accuracy %", "LM, nats a token"], rows)
 
 
@@ -179,9 +179,10 @@ def long_stream() -> str:
     rows = []
     for position in next(iter(found.values())):
         cells = [found[way].get(position) for way in ways]
-        rows.append([f"{position:,}"] + [
-            "" if cell is None else f"{scale * cell[key]:.2f}" for key, scale in scales.items() for cell in cells
-        ])
+        rows.append(
+            [f"{position:,}"]
+            + ["" if cell is None else f"{scale * cell[key]:.2f}" for key, scale in scales.items() for cell in cells]
+        )
     return markdown_table(header, rows)
 
 

@@ -20,6 +20,7 @@ from nugget2d import Memory, Nugget2D, __version__
 from nugget2d.cli import options
 from nugget2d.cli.app import app
 from nugget2d.config import SelectionName
+from nugget2d.indexing.run import ENGINES, EngineName
 from nugget2d.states import StoreDtype
 
 SCRIPT = [sys.executable, "-c", "from nugget2d.cli.app import main; main()"]
@@ -119,6 +120,7 @@ def test_every_command_has_help(command: str) -> None:
 def test_choices_are_those_of_the_core() -> None:
     assert get_args(options.Dtype) == get_args(StoreDtype)
     assert get_args(options.Selection) == get_args(SelectionName)
+    assert get_args(options.Engine) == get_args(EngineName) == tuple(ENGINES)
 
 
 @pytest.mark.parametrize("arguments", [["compress"], ["compress", "a"], ["nothing"], ["generate", "a", "--seed", "x"]])

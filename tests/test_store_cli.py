@@ -3,18 +3,21 @@
 import json
 import lzma
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tiny
 from cli_fixtures import save_tiny_model
 from nugget2d import Memory
-from nugget2d.errors import InputError, StoreError
+from nugget2d.errors import InputError, ModelError, StoreError
 from nugget2d.indexing import processes
 from nugget2d.indexing import run as indexing
-from nugget2d.indexing.documents import Document, Failure, batches, count, documents
+from nugget2d.indexing.clusters import run_on_cluster
+from nugget2d.indexing.documents import Corpus, Document, Failure, count, documents
 from nugget2d.indexing.work import Job, Outcome, Worker
 from nugget2d.store import MemoryStore
 from test_cli import fails, run
@@ -159,11 +162,17 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
             list(documents(tmp_path / name))
 
 
-def test_batches_are_bounded() -> None:
-    sizes = [3, 3, 3, 20, 1, 9, 1]
-    made = list(batches((Document(str(n), "x" * size) for n, size in enumerate(sizes)), 10))
-    assert [[len(document.text) for document in batch] for batch in made] == [[3, 3, 3], [20], [1, 9], [1]]
-    assert list(batches([], 10)) == []
+def test_batches_are_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": "x" * size}) + "\n" for size in [3, 3, 3, 20, 1, 9, 1]))
+    corpus = Corpus(path, 10)
+    for _ in range(2):  # it can be read again
+        sizes = [[len(entry[1]) for entry in batch] for batch in corpus]
+        assert sizes == [[3, 3, 3], [20], [1, 9], [1]]
+    path.write_text("")
+    assert list(corpus) == []
+    path.write_text("none\n" * 5)
+    assert [len(batch) for batch in corpus] == [1] * 5
 
 
 # ---- index ----
@@ -179,11 +188,14 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-def test_workers_do_what_one_process_does(corpus: Path, tmp_path: Path, model: str, monkeypatch) -> None:
+@pytest.mark.parametrize("engine", indexing.ENGINES)
+def test_workers_do_what_one_process_does(
+    corpus: Path, tmp_path: Path, model: str, engine: indexing.EngineName, monkeypatch
+) -> None:
     monkeypatch.setattr(indexing, "BATCH_CHARS", 500)  # several batches for each worker
     seen: list[tuple[int, int]] = []
     job = Job(store=str(tmp_path / "store"), model=model, ratio=4, tags=("c",))
-    summary = indexing.index(corpus, job, 2, lambda done, total: seen.append((done, total)))
+    summary = indexing.index(corpus, job, 2, lambda done, total: seen.append((done, total)), engine)
     assert (summary.added, summary.known, summary.documents) == (12, 1, 15)
     assert sorted(failure.name for failure in summary.failures) == ["corpus.jsonl:14", "empty"]
     assert seen[-1] == (15, 15) and len(seen) >= 5
@@ -207,14 +219,14 @@ def test_index_goes_on_where_it_stopped(corpus: Path, tmp_path: Path, model: str
     """Interrupted once something is kept, then run again by the command."""
     store = tmp_path / "store"
 
-    def interrupted(job: Job, work: Iterator[list[Document]], workers: int) -> Iterator[list[Outcome]]:
+    def interrupted(job: Job, corpus: Corpus, workers: int) -> Iterator[list[Outcome]]:
         """An engine like any other, in this process."""
-        yield Worker(job)(next(work))
+        yield Worker(job)(next(iter(corpus)))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(indexing, "BATCH_CHARS", 500)
-        patched.setattr(indexing, "run_in_processes", interrupted)
+        patched.setitem(indexing.ENGINES, "process", interrupted)
         indexing.index(corpus, Job(store=str(store), model=model, ratio=4), 1)
     with MemoryStore(store) as opened:
         kept = len(opened.records())
@@ -237,3 +249,52 @@ def test_a_worker_that_dies_is_one_clear_error(corpus: Path, tmp_path: Path, mon
     monkeypatch.setattr(processes, "_leave_interrupts_to_the_parent", os.abort)
     with pytest.raises(StoreError, match="a worker process was ended"):
         indexing.index(corpus, Job(store=str(tmp_path / "store"), model="nano"), 1)
+
+
+# ---- a cluster ----
+
+
+class Poison:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (1,)
+
+
+class Batches:
+    """A corpus that goes wrong, wherever it is read."""
+
+    def __init__(self, *wrong: str) -> None:
+        self.wrong = wrong
+
+    def __iter__(self) -> Iterator[Any]:
+        yield []
+        for wrong in self.wrong:
+            if wrong == "unreadable":
+                raise InputError("cannot read a corpus")
+            yield Poison()
+
+
+def test_what_goes_wrong_on_a_cluster_is_one_clear_error(tmp_path: Path, model: str) -> None:
+    import ray
+
+    job = Job(store=str(tmp_path / "store"), model=model)
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}  # its processes are to find this module
+    ray.init(num_cpus=2, log_to_driver=False, runtime_env={"env_vars": paths})
+    try:
+        with pytest.raises(ModelError, match="unknown model 'none'"):
+            list(run_on_cluster(job.model_copy(update={"model": "none"}), Batches(), 1))
+        with pytest.raises(InputError, match="cannot read a corpus"):
+            list(run_on_cluster(job, Batches("unreadable"), 1))
+        with pytest.raises(StoreError, match=r"a worker was ended .* run the same command again"):
+            list(run_on_cluster(job, Batches("deadly"), 1))
+        assert list(run_on_cluster(job, Batches(), 5)) == [[]]  # more workers than there is room for
+        assert ray.is_initialized()  # whose cluster it is ends it
+    finally:
+        ray.shutdown()
+
+
+def test_without_ray_its_engine_says_what_to_install(corpus: Path, tmp_path: Path, model: str, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    command = ("index", corpus, "--store", tmp_path / "store", "--model", model, "--engine", "ray")
+    fails(*command, saying="pip install 'nugget2d[ray]'")

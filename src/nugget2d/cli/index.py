@@ -12,6 +12,7 @@ from nugget2d.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_STORE,
     DtypeOption,
+    Engine,
     Exact,
     ModelName,
     Quality,
@@ -32,6 +33,9 @@ def index(
         Path, typer.Argument(metavar="FOLDER|JSONL", help="A folder of .txt and .md files, a .jsonl or .jsonl.xz file.")
     ],
     store: StorePlace = DEFAULT_STORE,
+    engine: Annotated[
+        Engine, typer.Option("--engine", help="Processes of this machine, or actors of a Ray cluster.")
+    ] = "process",
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Processes, one thread each.", show_default="one a core")
     ] = None,
@@ -64,7 +68,7 @@ def index(
         tags=tuple(tag or ()),
     )
     with progress("indexing", unit="documents") as on_progress:
-        summary = run(source, job, workers or os.cpu_count() or 1, on_progress)
+        summary = run(source, job, workers or os.cpu_count() or 1, on_progress, engine)
     for failure in summary.failures:
         say("error", f"{failure.name}: {failure.reason}")
     Console().print(_report(summary))

@@ -5,10 +5,11 @@ from typing import Annotated, Literal
 
 import typer
 
-# The core's own `StoreDtype` and `SelectionName` live beside torch and pydantic, which `--help` must not load;
-# tests/test_cli.py holds these equal to them.
+# The core's own `StoreDtype`, `SelectionName` and `EngineName` live beside torch and pydantic, which `--help` must not
+# load; tests/test_cli.py holds these equal to them.
 Dtype = Literal["float32", "bfloat16", "int8"]
 Selection = Literal["learned", "window", "even", "random", "punctuation"]
+Engine = Literal["process", "ray"]
 
 DEFAULT_MODEL = "nano"
 DEFAULT_STORE = "~/.nugget2d/store"

@@ -2,9 +2,10 @@
 
 import json
 import lzma
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 from nugget2d.errors import InputError
 from nugget2d.files import read_text
@@ -24,6 +25,9 @@ class Failure(NamedTuple):
 
     name: str
     reason: str
+
+
+Batch: TypeAlias = list[Document | Failure]
 
 
 def count(source: Path) -> int:
@@ -56,18 +60,33 @@ def documents(source: Path) -> Iterator[Document | Failure]:
             yield _document(line, f"{source.name}:{number}")
 
 
-def batches(read: Iterable[Document], chars: int) -> Iterator[list[Document]]:
-    """Consecutive documents, together at most `chars` characters; a longer one is alone."""
-    batch: list[Document] = []
-    size = 0
-    for document in read:
-        if batch and size + len(document.text) > chars:
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of `source` in batches, read anew whenever they are iterated over, in whatever process.
+
+    A batch is consecutive documents, together at most `chars` characters; a longer one is alone.
+    """
+
+    source: Path
+    chars: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batch after batch.
+
+        Raises:
+            InputError: see `documents`.
+        """
+        batch: Batch = []
+        size = 0
+        for entry in documents(self.source):
+            _, text = entry  # or why there is none: failures, too, may be many
+            if batch and size + len(text) > self.chars:
+                yield batch
+                batch, size = [], 0
+            batch.append(entry)
+            size += len(text)
+        if batch:
             yield batch
-            batch, size = [], 0
-        batch.append(document)
-        size += len(document.text)
-    if batch:
-        yield batch
 
 
 def _files(folder: Path) -> list[Path]:

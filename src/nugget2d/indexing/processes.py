@@ -8,13 +8,13 @@ from functools import cache
 from multiprocessing import get_context
 
 from nugget2d.errors import StoreError
-from nugget2d.indexing.documents import Document
+from nugget2d.indexing.documents import Batch
 from nugget2d.indexing.work import Job, Outcome, Worker
 
 WAITING = 2  # batches under way for each worker: one in work, one that waits for it
 
 
-def run_in_processes(job: Job, batches: Iterable[list[Document]], workers: int) -> Iterator[list[Outcome]]:
+def run_in_processes(job: Job, batches: Iterable[Batch], workers: int) -> Iterator[list[Outcome]]:
     """Outcomes of batch after batch, as they are done. Batches are read only as fast as they are worked on.
 
     Raises:
@@ -50,5 +50,5 @@ def _worker(job: Job) -> Worker:
     return Worker(job)
 
 
-def _work(job: Job, batch: list[Document]) -> list[Outcome]:
+def _work(job: Job, batch: Batch) -> list[Outcome]:
     return _worker(job)(batch)

@@ -1,16 +1,20 @@
 """Index a corpus: from documents to a summary."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Literal
 
-from nugget2d.indexing.documents import Document, Failure, batches, count, documents
+from nugget2d.indexing.clusters import run_on_cluster
+from nugget2d.indexing.documents import Corpus, Failure, count
 from nugget2d.indexing.processes import run_in_processes
 from nugget2d.indexing.work import Job
 from nugget2d.store import MemoryStore
 
 BATCH_CHARS = 32_768  # some 8,000 tokens: what the model encodes at once
+EngineName = Literal["process", "ray"]
+ENGINES = {"process": run_in_processes, "ray": run_on_cluster}
 
 
 @dataclass
@@ -37,7 +41,13 @@ class Summary:
         return self.added + self.known + len(self.failures)
 
 
-def index(source: Path, job: Job, workers: int, on_progress: Callable[[int, int], None] | None = None) -> Summary:
+def index(
+    source: Path,
+    job: Job,
+    workers: int,
+    on_progress: Callable[[int, int], None] | None = None,
+    engine: EngineName = "process",
+) -> Summary:
     """Put every document of `source` into the job's store; those that it has already are not compressed again.
 
     Workers are spawned: a script calls this below `if __name__ == "__main__":`.
@@ -47,28 +57,22 @@ def index(source: Path, job: Job, workers: int, on_progress: Callable[[int, int]
         job: how, and where to.
         workers: processes, each with a model of its own.
         on_progress: called with (documents done, documents in all).
+        engine: "process", the processes of this machine; or "ray", those of a cluster (`run_on_cluster`).
 
     Raises:
-        InputError: `source` cannot be read.
+        InputError: `source` cannot be read, or the engine is not installed.
         ModelError, StoreError, OutputError: the model or the store cannot be used; what was done is kept.
     """
     start, total, summary = perf_counter(), count(source), Summary()
     MemoryStore(job.store).close()  # refused here, before workers are started
-
-    def readable() -> Iterator[Document]:
-        for document in documents(source):
-            if isinstance(document, Document):
-                yield document
-            else:
-                summary.failures.append(document)
-
-    for outcomes in run_in_processes(job, batches(readable(), BATCH_CHARS), workers):
+    for outcomes in ENGINES[engine](job, Corpus(source, BATCH_CHARS), workers):
         for outcome in outcomes:
-            summary.added += outcome.status == "added"
-            summary.known += outcome.status == "known"
-            summary.tokens += outcome.tokens
-            if outcome.status == "failed":
-                summary.failures.append(Failure(outcome.name, outcome.reason))
+            if isinstance(outcome, Failure):
+                summary.failures.append(outcome)
+            else:
+                summary.added += outcome.tokens > 0
+                summary.known += outcome.tokens == 0
+                summary.tokens += outcome.tokens
         if on_progress is not None:
             on_progress(summary.documents, total)
     summary.seconds = perf_counter() - start

@@ -1,15 +1,15 @@
 """What one worker does with documents: compress those that the store does not have, and keep them.
 
-An engine (processes.py) carries batches of documents to workers; it knows nothing of what they do.
+An engine (processes.py, clusters.py) carries batches of documents to workers; it knows nothing of what they do.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from transformers.utils import logging
 
 from nugget2d.config import Frozen, SelectionName
-from nugget2d.indexing.documents import Document
+from nugget2d.indexing.documents import Batch, Document, Failure
 from nugget2d.memory import Memory
 from nugget2d.model import Nugget2D
 from nugget2d.states import StoreDtype
@@ -37,13 +37,14 @@ class Job(Frozen):
     tags: tuple[str, ...] = ()
 
 
-class Outcome(NamedTuple):
-    """What became of one document; `tokens` were compressed for it, `reason` says why it failed."""
+class Done(NamedTuple):
+    """A document that the store has: `tokens` were compressed for it, none if the store had it before."""
 
     name: str
-    status: Literal["added", "known", "failed"]
-    tokens: int = 0
-    reason: str = ""
+    tokens: int
+
+
+Outcome: TypeAlias = Done | Failure
 
 
 class Worker:
@@ -63,26 +64,27 @@ class Worker:
         self._tags = job.tags
         self._settings = Settings.of(self._model, **job.model_dump(exclude={"store", "model", "tags"}))
 
-    def __call__(self, batch: list[Document]) -> list[Outcome]:
+    def __call__(self, batch: Batch) -> list[Outcome]:
         """Work on a batch; what is wrong with one document does not harm the others.
 
         Raises:
             StoreError, OutputError: the store cannot take any more: no document's fault.
         """
-        keys = [self._settings.address(document.text, self._model.fingerprint) for document in batch]
+        outcomes: list[Outcome] = [entry for entry in batch if isinstance(entry, Failure)]
+        read = [entry for entry in batch if isinstance(entry, Document)]
+        keys = [self._settings.address(document.text, self._model.fingerprint) for document in read]
         # each text once
-        new = {key: document for key, document in zip(keys, batch, strict=True) if self._store.at(key) is None}
+        new = {key: document for key, document in zip(keys, read, strict=True) if self._store.at(key) is None}
         results = dict(zip(new, self._compress([document.text for document in new.values()]), strict=True))
-        outcomes = []
-        for key, document in zip(keys, batch, strict=True):
+        for key, document in zip(keys, read, strict=True):
             result = results.get(key)
             if result is None or new[key] is not document:
-                outcomes.append(Outcome(document.name, "known"))
+                outcomes.append(Done(document.name, 0))
             elif isinstance(result, Memory):
                 self._store.put(result, key=key, name=document.name, tags=self._tags, settings=self._settings)
-                outcomes.append(Outcome(document.name, "added", result.num_tokens))
+                outcomes.append(Done(document.name, result.num_tokens))
             else:
-                outcomes.append(Outcome(document.name, "failed", reason=result))
+                outcomes.append(Failure(document.name, result))
         return outcomes
 
     def _compress(self, texts: list[str]) -> list[Memory | str]:

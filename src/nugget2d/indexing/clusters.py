@@ -1,0 +1,121 @@
+"""The engine of a cluster: Ray Data streams the batches through a pool of actors, on whatever machines Ray has.
+
+What a worker raises comes back as an outcome would: Ray would make three pages of it.
+"""
+
+import logging
+import os
+import pickle
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from nugget2d.errors import InputError, NuggetError, StoreError
+from nugget2d.indexing.documents import Batch
+from nugget2d.indexing.work import Job, Outcome, Worker
+
+# Unless the user says otherwise: nobody is told that Ray is used, and a terminal shows our progress, not Ray's.
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "ERROR", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+
+AGAIN = "run the same command again: it goes on where it stopped"
+
+
+def run_on_cluster(job: Job, batches: Iterable[Batch], workers: int) -> Iterator[list[Outcome]]:
+    """Outcomes of batch after batch, as they are done. Batches are read only as fast as they are worked on.
+
+    The cluster is the one that Ray was initialized with, or that `RAY_ADDRESS` names, or else one of this machine, for
+    as long as this runs. The corpus is read on this machine. Every machine needs this package and the model; the store
+    is best a bucket: SQLite's write-ahead log is for one machine. Where there are GPUs, each worker has one.
+
+    Args:
+        job: how, and where to.
+        batches: can be pickled.
+        workers: actors, at most; fewer where the cluster has less room.
+
+    Raises:
+        InputError: Ray is not installed.
+        StoreError: a worker died, or Ray gave up.
+        NuggetError: what reading, or a worker, raised.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise InputError("the engine 'ray' needs more packages: pip install 'nugget2d[ray]'") from error
+
+    here = not ray.is_initialized()
+    if here:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        context = ray.data.DataContext.get_current().copy()
+        context.enable_progress_bars = False
+        context.target_max_block_size = 1  # bytes: every batch goes to whichever actor is free
+        with ray.data.DataContext.current(context):
+            read = ray.data.range(1).map_batches(
+                _Reader(batches),
+                num_cpus=0,  # else it waits for a core that the actors have
+                label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
+            )
+            done = read.map_batches(
+                _Actor,
+                fn_constructor_args=(job,),
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
+                num_gpus=1 if ray.cluster_resources().get("GPU") else 0,
+                batch_size=1,
+            )
+        for row in done.iter_rows():
+            outcomes = pickle.loads(row["value"])
+            if isinstance(outcomes, NuggetError):
+                raise outcomes
+            yield outcomes
+    except ray.exceptions.RayError as error:
+        raise StoreError(f"Ray gave up: {error}; {AGAIN}") from error
+    finally:
+        if here:
+            ray.shutdown()
+
+
+class _Reader:
+    """The corpus, a row a batch."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = batches
+
+    def __call__(self, rows: object) -> Iterator[dict[str, np.ndarray]]:
+        try:
+            yield from map(_row, self._batches)
+        except NuggetError as error:
+            yield _row(error)
+
+
+class _Actor:
+    """A worker, for rows."""
+
+    def __init__(self, job: Job) -> None:
+        import ray
+
+        self._job = job
+        self._restarted = ray.get_runtime_context().was_current_actor_reconstructed
+
+    @cached_property
+    def _worker(self) -> Worker:
+        return Worker(self._job)
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        # Ray starts a dead actor anew and gives it the same batch: one that ends its process would do so for ever
+        if self._restarted:
+            return _row(StoreError(f"a worker was ended (out of memory?); {AGAIN}"))
+        try:
+            batch = pickle.loads(rows["value"].item())
+            return _row(batch if isinstance(batch, NuggetError) else self._worker(batch))
+        except NuggetError as error:
+            return _row(error)
+
+
+def _row(value: Any) -> dict[str, np.ndarray]:
+    """Pickled, for Arrow would make lists of the named tuples."""
+    return {"value": np.array([pickle.dumps(value)], dtype=object)}
