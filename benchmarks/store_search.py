@@ -24,9 +24,10 @@ import torch
 
 from nugget2d import Nugget2D
 from nugget2d.evaluation.report import markdown_table, write_report
-from nugget2d.indexing.documents import Document, batches, documents
+from nugget2d.indexing.documents import Document, documents
 from nugget2d.store import MemoryStore
 
+BATCH = 32  # documents compressed together
 Rank = Callable[[str], Sequence[str]]  # a query to names of documents, best first
 
 
@@ -96,8 +97,9 @@ def judgements(path: Path) -> dict[str, set[str]]:
 
 def fill(store: MemoryStore, model: Nugget2D, kept: Sequence[Document], ratio: float) -> None:
     """Every document's memory."""
-    for batch in batches(kept, 32_768):
-        for document, memory in zip(batch, model.compress([one.text for one in batch], ratio=ratio), strict=True):
+    for start in range(0, len(kept), BATCH):
+        part = kept[start : start + BATCH]
+        for document, memory in zip(part, model.compress([one.text for one in part], ratio=ratio), strict=True):
             store.put(memory, name=document.name)
 
 

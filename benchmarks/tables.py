@@ -242,6 +242,37 @@ def breakeven() -> str:
     return _table_of("breakeven/breakeven.md")
 
 
+def serving() -> str:
+    """Questions by memory against questions that send the text."""
+    header = ["clients", "context", "requests a second", "tokens a second", "first token s, p50 / p99", "last token s"]
+    rows = [
+        [
+            r["clients"],
+            r["context"],
+            f"{r['requests_per_s']:.2f}",
+            f"{r['tokens_per_s']:.1f}",
+            *(f"{r[f'{what}_p50_s']:.2f} / {r[f'{what}_p99_s']:.2f}" for what in ("first", "last")),
+            *(f"{r[key]:g}x" if key in r else "" for key in ("first_token_sooner", "requests_more")),
+        ]
+        for r in _read("serving.json")["results"]
+    ]
+    return markdown_table([*header, "first token sooner", "more requests"], rows)
+
+
+def indexing() -> str:
+    """A corpus into a store, against a plain prefill."""
+    keys = ("what", "processes", "documents", "tokens", "seconds", "documents_per_s", "tokens_per_s", "over_prefill")
+    header = [*keys[:5], "documents a second", "tokens a second", "over prefill"]
+    rows = [[r["what"], *(_figure(r[key]) for key in keys[1:])] for r in _read("indexing.json")["results"]]
+    return markdown_table(header, rows)
+
+
+def store_search() -> str:
+    """What `store search` finds."""
+    rows = [[r["ranking"], r["ndcg_at_10"], r["recall_at_10"]] for r in _read("store_search.json")["results"]]
+    return markdown_table(["ranking", "nDCG@10", "recall@10"], rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "reconstruction": reconstruction,
     "profile": profile,
@@ -259,6 +290,9 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "refinement": refinement,
     "speed": speed,
     "breakeven": breakeven,
+    "serving": serving,
+    "indexing": indexing,
+    "store-search": store_search,
 }
 
 
