@@ -5,7 +5,7 @@
         --qrels $D.qrels.txt.xz --out benchmarks/results/store_search.json
 
 A sample of the queries and of the documents, all that are relevant to these queries among them, at several ratios.
-Beside it: BM25 on the texts (k1 = 1.2, b = 0.75), which a search by meaning has to be compared with, and chance.
+Beside it: BM25 on the texts (k1 = 1.2, b = 0.75), which a search of memories has to be compared with, and chance.
 nDCG@10 and recall@10 take every judged document as relevant alike.
 """
 
@@ -100,7 +100,7 @@ def fill(store: MemoryStore, model: Nugget2D, kept: Sequence[Document], ratio: f
     for start in range(0, len(kept), BATCH):
         part = kept[start : start + BATCH]
         for document, memory in zip(part, model.compress([one.text for one in part], ratio=ratio), strict=True):
-            store.put(memory, name=document.name)
+            store.put(memory, model=model, name=document.name)
 
 
 def bm25(kept: Sequence[Document]) -> Rank:

@@ -4,9 +4,12 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+import torch
 
 from nugget2d import Memory, Nugget2D
 from nugget2d.evaluation.fidelity import bleu
+from nugget2d.spelling import spelled
+from nugget2d.store import MemoryStore
 from nugget2d.training.recipe import load_recipe
 
 FOLDER = Path(str(resources.files("nugget2d") / "models" / "nano"))
@@ -49,6 +52,28 @@ def test_going_on_from_a_memory_is_no_worse_than_from_nothing(nano: Nugget2D) ->
     alone = nano.score(after)
     for ratio in (4, 10, 20):
         assert nano.score(after, memory=nano.compress(before, ratio=ratio)) < alone + 0.2
+
+
+@pytest.mark.parametrize(("ratio", "floor"), [(4, 0.99), (20, 0.9)])
+def test_its_nuggets_spell_the_text(nano: Nugget2D, ratio: float, floor: float) -> None:
+    """What search knows of a memory: nearly all tokens of every segment, whichever were chosen."""
+    memory = nano.compress(TEXT, ratio=ratio, dtype="int8")
+    found, tokens = spelled(nano, memory), nano.ids(TEXT)[0].split([one.num_tokens for one in memory.segments])
+    common = 0
+    for mine, theirs in zip(found, tokens, strict=True):
+        assert len(mine) <= len(theirs)
+        counts = [torch.bincount(ids, minlength=len(nano.tokenizer)) for ids in (mine, theirs)]
+        common += int(torch.minimum(*counts).sum())
+    assert common >= floor * memory.num_tokens
+
+
+def test_search_knows_words_that_no_nugget_was_chosen_for(nano: Nugget2D, tmp_path: Path) -> None:
+    parts = [part for part in TEXT.split("\n") if len(part) > 400][:6]
+    with MemoryStore(tmp_path) as store:
+        for number, part in enumerate(parts):
+            store.add(nano, part, ratio=20, name=str(number))
+        found = [store.search(nano, part[150:300], top=1)[0].record.name for part in parts]
+    assert found == [str(number) for number in range(len(parts))] and len(parts) > 3
 
 
 def test_plain_language_modelling(nano: Nugget2D) -> None:

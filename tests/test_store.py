@@ -15,9 +15,10 @@ import torch
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import InputError, MemoryFileError, OutputError, StoreError, UnknownMemoryError
-from nugget2d.states import States
+from nugget2d.spelling import spelled
+from nugget2d.states import States, StoreDtype
 from nugget2d.store import MemoryStore, Record, Settings
-from nugget2d.store.embedding import similarities
+from nugget2d.store.words import Words, relevance
 
 TEXT = "The dog looked up as if it had counted too. In winter the road was closed for weeks."
 
@@ -210,7 +211,7 @@ def test_a_flipped_bit_is_named(tmp_path: Path, llama: Nugget2D) -> None:
         assert again.id == records[2].id and store.verify() == []
 
 
-@pytest.mark.parametrize("column", ["record", "vectors"])
+@pytest.mark.parametrize("column", ["record", "words"])
 def test_a_flipped_bit_in_the_index_is_named(tmp_path: Path, llama: Nugget2D, column: str) -> None:
     with MemoryStore(tmp_path) as store:
         records = [store.add(llama, f"{number} {TEXT}", ratio=4) for number in range(3)]
@@ -244,9 +245,9 @@ def test_other_folders_and_newer_versions_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "typo").exists()
     MemoryStore(tmp_path).close()
     db = sqlite3.connect(tmp_path / "index.db")
-    db.execute("PRAGMA user_version = 2")
+    db.execute("PRAGMA user_version = 99")
     db.close()
-    with pytest.raises(StoreError, match="has version 2, this package reads 1; upgrade"):
+    with pytest.raises(StoreError, match="has version 99, this package reads 2; upgrade"):
         MemoryStore(tmp_path)
     for name, content in (("text", b"plain text " * 100), ("empty", b"")):
         (tmp_path / name).mkdir()
@@ -305,27 +306,49 @@ def test_a_store_that_cannot_be_written_is_read(tmp_path: Path, llama: Nugget2D,
 
 
 def test_search_finds_the_segment(store: MemoryStore, llama: Nugget2D) -> None:
-    """Of memories that keep every token, a segment's own text is as near as can be."""
+    """Of memories that keep every token, each segment's own text finds it."""
     parts = ["Beans grow behind the wall, peas before it. " * 2, "Ships! Sails! Seven of them, he said, seven. " * 2]
     texts = [parts[0] + parts[1], "Snow on the road, bread and salted fish in the larder, and oil. " * 3]
     records = [store.add(llama, text, ratio=1, name=str(number)) for number, text in enumerate(texts)]
-    store.add(tiny.trained("llama", "copies", seed=9), texts[0], ratio=1)  # another model's space
+    store.add(tiny.trained("llama", "copies", seed=9), texts[0], ratio=1)  # another model's tokens
     for record, text in zip(records, texts, strict=True):
         for segment in store.get(record.id).segments:
-            best, other = store.search(llama, text[segment.start : segment.end])
-            assert best.record == record and best.score > 0.999 > other.score
+            best, *others = store.search(llama, text[segment.start : segment.end])
+            assert best.record == record and all(best.score > other.score > 0 for other in others)
             assert text[best.start : best.end] == text[segment.start : segment.end]
-    assert len(store.search(llama, "Sails", top=1)) == 1
-    with pytest.raises(InputError):
-        store.search(llama, "")
+    assert len(store.search(llama, "the wall", top=1)) == 1
+    for query in ("", " \n"):
+        with pytest.raises(InputError):
+            store.search(llama, query)
 
 
-def test_similarity_is_a_cosine_after_whitening() -> None:
-    """Axes that vary much count no more than those that vary little; a single vector has nothing to differ from."""
-    vectors = np.array([[100, 10], [-100, 10], [100, -10], [-100, -10]], dtype=np.float32)
-    scores = similarities(vectors, np.array([100, 10], dtype=np.float32))
-    assert scores.argmax() == 0 and scores[0] > 0.99 and abs(scores[1] + scores[2]) < 1e-3
-    assert similarities(vectors[:1], vectors[0]).tolist() == [0]
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "neox", "gemma3"])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_chosen_tokens_are_read_off_any_memory(kind: str, dtype: StoreDtype) -> None:
+    model = tiny.trained(kind, "lora")
+    memory = model.compress(TEXT, ratio=3, dtype=dtype)
+    ids, spelt = model.ids(TEXT)[0], spelled(model, memory)
+    assert [len(part) for part in spelt] == [segment.num_nuggets for segment in memory.segments]
+    right = (torch.cat(spelt) == ids[memory.positions]).float().mean()
+    assert right == 1 if kind != "gpt2" else right > 0.5  # there, positions are as loud as tokens
+
+
+def test_what_was_kept_without_its_model_is_found(store: MemoryStore, llama: Nugget2D) -> None:
+    store.put(llama.compress("Beans grow behind the wall.", ratio=1), name="beans")
+    store.put(llama.compress("Snow lay on the road.", ratio=1), name="snow", model=llama)
+    assert store.search(llama, "beans")[0].record.name == "beans"
+    assert store.search(llama, "snow")[0].record.name == "snow"
+
+
+def test_relevance_is_bm25() -> None:
+    """Rare tokens, repeated tokens and short segments count more; segments of all memories are compared."""
+    spans = np.zeros((2, 2), dtype=np.int32)
+    first = Words(np.array([1, 1, 2, 1, 2, 2, 2], dtype=np.int32), np.array([3, 4], dtype=np.int32), spans)
+    second = Words(np.array([3, 4], dtype=np.int32), np.array([2, 0], dtype=np.int32), spans)
+    (one, two), (three, four) = relevance([first, second], [1, 1, 3, 9])
+    assert one > two > 0 == four and three > one
+    rarity, held_back = np.log1p(2.5 / 2.5), 1.2 * (0.25 + 0.75 * 3 / 2.25)
+    assert one == pytest.approx(rarity * 2 * 2.2 / (2 + held_back))
 
 
 def test_an_empty_store_finds_nothing(store: MemoryStore, llama: Nugget2D) -> None:

@@ -55,7 +55,7 @@ class Nuggets:
 
 
 class AllCollected(Exception):
-    """The cache has the keys and values of the last layer: nothing after that is of use."""
+    """The cache has the keys and values of the last layer that is wanted: nothing after that is of use."""
 
 
 class CollectingCache(DynamicCache):
@@ -64,12 +64,17 @@ class CollectingCache(DynamicCache):
     That layer's attention and feed-forward block would only feed a head that is not there. It ends by `AllCollected`.
     """
 
+    def __init__(self, config: PreTrainedConfig, layers: int | None = None) -> None:
+        """Empty; the pass ends with the first so many layers, if that is given."""
+        super().__init__(config=config)
+        self._wanted = len(self.layers) if layers is None else layers
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Keep what a layer computed; see `DynamicCache.update`."""
         kept = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if layer_idx == len(self.layers) - 1:
+        if layer_idx == self._wanted - 1:
             raise AllCollected
         return kept
 

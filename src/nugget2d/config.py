@@ -38,6 +38,7 @@ class NuggetConfig(Frozen):
         context: the longest text, in tokens, that the model was trained to go on from; of a longer memory,
             the last segments that fit are read.
         flag: add a learned vector to the input embedding of chosen tokens ("nugget feedback", Nugget, section 3).
+        slots: its nuggets spell the tokens before them, slot by slot (slots.py): the read-out loss trained it so.
         threshold: how a stream chooses nuggets unless its ratio is given (`Nugget2D.calibrate`); None counts instead.
     """
 
@@ -51,4 +52,5 @@ class NuggetConfig(Frozen):
     window: int = Field(default=512, ge=8)
     context: int = Field(default=4096, ge=8)
     flag: bool = True
+    slots: bool = False
     threshold: Threshold | None = None

@@ -142,7 +142,12 @@ class Network(nn.Module):
         return Encoded(gather_nuggets(cache, index, valid, bias), index, valid)
 
     def encoder_states(
-        self, embeds: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None
+        self,
+        embeds: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        layers: int | None = None,
     ) -> DynamicCache:
         """Keys and values of every layer, of all inputs, from one causal pass of the encoder.
 
@@ -150,9 +155,10 @@ class Network(nn.Module):
             embeds: (B, n, d) input embeddings.
             mask: (B, n), 0 for inputs that no other sees; None shows all.
             positions: (B, n); None counts from 0.
+            layers: only those of the first so many layers; the others are not computed.
         """
         batch, length = embeds.shape[:2]
-        cache = CollectingCache(config=self.lm.config)
+        cache = CollectingCache(self.lm.config, layers)
         if mask is None:
             mask = torch.ones(batch, length, dtype=torch.long, device=embeds.device)
         if positions is None:

@@ -1,4 +1,4 @@
-"""`nugget2d store`: memories kept by content, found by name, tag or meaning."""
+"""`nugget2d store`: memories kept by content, found by name, tag or words."""
 
 import json as json_format
 from collections.abc import Sequence
@@ -143,14 +143,14 @@ def rm(
 
 @store.command()
 def search(
-    query: Annotated[str, typer.Argument(help="What the text should be about.")],
+    query: Annotated[str, typer.Argument(help="Words to search for.")],
     store: StorePlace = DEFAULT_STORE,
     tag: Tag = None,
     top: Annotated[int, typer.Option("--top", min=1, help="How many to show.")] = 10,
     model: ModelName = DEFAULT_MODEL,
     json: Json = False,
 ) -> None:
-    """Search by meaning among the memories of one model; shown are the characters of the part that matched best."""
+    """Search the memories of one model by the words their nuggets hold; shown is where the part that fits best is."""
     with _open(store) as memories:
         hits = memories.search(load_model(model), query, top=top, tag=tag)
     if json:

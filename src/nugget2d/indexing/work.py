@@ -81,7 +81,9 @@ class Worker:
             if result is None or new[key] is not document:
                 outcomes.append(Done(document.name, 0))
             elif isinstance(result, Memory):
-                self._store.put(result, key=key, name=document.name, tags=self._tags, settings=self._settings)
+                self._store.put(
+                    result, model=self._model, key=key, name=document.name, tags=self._tags, settings=self._settings
+                )
                 outcomes.append(Done(document.name, result.num_tokens))
             else:
                 outcomes.append(Failure(document.name, result))

@@ -123,7 +123,13 @@ class Service:
         exchange.figures |= {"tokens": memory.num_tokens, "nuggets": memory.num_nuggets}
         return await self.in_thread(
             lambda: self.store.put(
-                memory, key=key, name=request.name, tags=request.tags, owner=exchange.owner, settings=settings
+                memory,
+                model=self._model,
+                key=key,
+                name=request.name,
+                tags=request.tags,
+                owner=exchange.owner,
+                settings=settings,
             )
         )
 

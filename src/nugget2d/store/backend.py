@@ -28,10 +28,10 @@ class Swept(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """What is written for a record: the record itself, and the vectors it is searched by as bytes."""
+    """What is written for a record: the record itself, and the words it is searched by as bytes."""
 
     record: Record
-    vectors: bytes
+    words: bytes
 
     @property
     def text(self) -> bytes:
@@ -41,12 +41,12 @@ class Entry:
     @property
     def digest(self) -> bytes:
         """Checksum of both."""
-        return entry_digest(self.text, self.vectors)
+        return entry_digest(self.text, self.words)
 
 
-def entry_digest(text: bytes, vectors: bytes) -> bytes:
-    """Checksum of a record, as JSON, and its vectors."""
-    return blake2b(text + b"\0" + vectors, digest_size=16).digest()
+def entry_digest(text: bytes, words: bytes) -> bytes:
+    """Checksum of a record, as JSON, and its words."""
+    return blake2b(text + b"\0" + words, digest_size=16).digest()
 
 
 def read_record(record_id: str, text: bytes) -> Record:
@@ -74,7 +74,7 @@ class Backend(Protocol):
         """All records, oldest first."""
 
     def entries(self) -> list[Entry]:
-        """All records with their vectors, oldest first."""
+        """All records with their words, oldest first."""
 
     def load(self, record: Record, *, verify: bool) -> Memory:
         """The memory of a record.

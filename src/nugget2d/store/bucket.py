@@ -1,6 +1,6 @@
 """A store in a bucket of S3 or what is compatible with it, through obstore.
 
-    records/ID.json              a record, its vectors, a checksum of both, and the name of its file
+    records/ID.json              a record, its words, a checksum of both, and the name of its file
     memories/KEY/NONCE.nugget    the file; each record has its own
 
 Nothing is locked. A memory's file is written first, under a name that nobody else has, then its record, by the one
@@ -24,7 +24,7 @@ from nugget2d.memory import Memory
 from nugget2d.store.backend import Damage, Entry, Swept, entry_digest, read_record
 from nugget2d.store.record import Record
 
-VERSION = 1
+VERSION = 2
 ORPHAN_SECONDS = 3600  # a writer that took half as long from file to record starts over
 REQUESTS = 16  # side by side, for records
 
@@ -34,12 +34,12 @@ class _Row:
     """What an object of records/ holds."""
 
     text: bytes
-    vectors: bytes
+    words: bytes
     file: str
     digest: bytes
 
     def to_bytes(self) -> bytes:
-        fields = {"vectors": b64encode(self.vectors).decode(), "digest": self.digest.hex(), "file": self.file}
+        fields = {"words": b64encode(self.words).decode(), "digest": self.digest.hex(), "file": self.file}
         return json.dumps({"version": VERSION, "record": self.text.decode(), **fields}).encode()
 
     @staticmethod
@@ -48,8 +48,8 @@ class _Row:
             fields = json.loads(data)
             version = fields["version"]
             if version == VERSION:
-                vectors = b64decode(fields["vectors"], validate=True)
-                return _Row(fields["record"].encode(), vectors, fields["file"], bytes.fromhex(fields["digest"]))
+                words = b64decode(fields["words"], validate=True)
+                return _Row(fields["record"].encode(), words, fields["file"], bytes.fromhex(fields["digest"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{source} is damaged; remove it and add its text again") from error
         raise StoreError(f"{source} has version {version}, this package reads {VERSION}; upgrade it")
@@ -81,7 +81,7 @@ class Bucket:
         while True:
             start = time.monotonic()
             file = f"memories/{record.key}/{uuid4().hex}.nugget"
-            row = _Row(entry.text, entry.vectors, file, entry.digest)
+            row = _Row(entry.text, entry.words, file, entry.digest)
             with self._errors():
                 self._storage.put(self._bucket, file, data)
                 if time.monotonic() - start > ORPHAN_SECONDS / 2:
@@ -109,7 +109,7 @@ class Bucket:
 
     def entries(self) -> list[Entry]:
         """See `Backend`."""
-        entries = [Entry(read_record(_id(name), row.text), row.vectors) for name, row in self._rows().items()]
+        entries = [Entry(read_record(_id(name), row.text), row.words) for name, row in self._rows().items()]
         return sorted(entries, key=lambda entry: (entry.record.created, entry.record.id))
 
     def load(self, record: Record, *, verify: bool) -> Memory:
@@ -153,7 +153,7 @@ class Bucket:
             try:
                 if (row := self._row(name)) is None:
                     continue  # removed meanwhile
-                if entry_digest(row.text, row.vectors) != row.digest:
+                if entry_digest(row.text, row.words) != row.digest:
                     raise StoreError("its record does not match its checksum")
                 self.load(read_record(_id(name), row.text), verify=True)
             except UnknownMemoryError:

@@ -1,6 +1,6 @@
 """A store in a folder: `index.db` (SQLite, write-ahead log) and one safetensors file a memory.
 
-    index.db              records, vectors, checksums of both
+    index.db              records, words, checksums of both
     memories/ab/abcd...   files named by content address; records of several owners may lead to one
 
 A memory is written in this order: its file (flushed, renamed into place, folder flushed), then its row, in a
@@ -26,7 +26,7 @@ from nugget2d.store.backend import Damage, Entry, Swept, entry_digest, read_reco
 from nugget2d.store.record import Record
 
 APPLICATION_ID = 0x6E756732  # "nug2": `file index.db` tells what it is
-VERSION = 1
+VERSION = 2
 BUSY_SECONDS = 60  # another writer's transaction takes milliseconds
 ORPHAN_SECONDS = 3600  # between a file and its row there are milliseconds, too
 
@@ -36,7 +36,7 @@ PRAGMA user_version = {VERSION};
 PRAGMA journal_mode = WAL;
 CREATE TABLE records (
     id TEXT PRIMARY KEY, key TEXT NOT NULL, created TEXT NOT NULL,
-    record BLOB NOT NULL, vectors BLOB NOT NULL, digest BLOB NOT NULL
+    record BLOB NOT NULL, words BLOB NOT NULL, digest BLOB NOT NULL
 );
 CREATE INDEX records_by_key ON records (key);
 CREATE INDEX records_by_age ON records (created, id);
@@ -64,7 +64,7 @@ class Folder:
     def keep(self, entry: Entry, data: bytes) -> Record:
         """See `Backend`."""
         record, path = entry.record, self._path(entry.record.key)
-        row = (record.id, record.key, record.created, entry.text, entry.vectors, entry.digest)
+        row = (record.id, record.key, record.created, entry.text, entry.words, entry.digest)
         while True:
             self._write(path, data)
             with self._transaction() as db:
@@ -87,8 +87,8 @@ class Folder:
 
     def entries(self) -> list[Entry]:
         """See `Backend`."""
-        rows = self._rows("SELECT id, record, vectors FROM records ORDER BY created, id")
-        return [Entry(read_record(record_id, text), vectors) for record_id, text, vectors in rows]
+        rows = self._rows("SELECT id, record, words FROM records ORDER BY created, id")
+        return [Entry(read_record(record_id, text), words) for record_id, text, words in rows]
 
     def load(self, record: Record, *, verify: bool) -> Memory:
         """See `Backend`; the file is mapped into memory, not read."""
@@ -121,10 +121,10 @@ class Folder:
         problems = [problem for (problem,) in self._rows("PRAGMA integrity_check")]
         damages = [Damage("", str(self._index), problem) for problem in problems if problem != "ok"]
         reasons: dict[str, str | None] = {}  # of each file, read once however many records lead there
-        for record_id, key, text, vectors, digest in self._rows(
-            "SELECT id, key, record, vectors, digest FROM records ORDER BY created, id"
+        for record_id, key, text, words, digest in self._rows(
+            "SELECT id, key, record, words, digest FROM records ORDER BY created, id"
         ):
-            if entry_digest(text, vectors) != digest:
+            if entry_digest(text, words) != digest:
                 damages.append(Damage(record_id, str(self._index), "its record does not match its checksum"))
             if key not in reasons:
                 reasons[key] = self._problem(key)

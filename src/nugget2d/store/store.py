@@ -6,8 +6,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from nugget2d.config import SelectionName
 from nugget2d.errors import InputError, UnknownMemoryError
 from nugget2d.memory import Memory
@@ -15,9 +13,9 @@ from nugget2d.model import Nugget2D
 from nugget2d.states import StoreDtype
 from nugget2d.store.backend import Backend, Damage, Entry, Swept
 from nugget2d.store.bucket import Bucket
-from nugget2d.store.embedding import Embedding, similarities
 from nugget2d.store.folder import Folder
 from nugget2d.store.record import Record, Settings, record_id
+from nugget2d.store.words import Words, relevance
 
 _DIGITS = re.compile("[0-9a-f]{32}")  # of ids and content addresses: what becomes part of a path
 
@@ -60,6 +58,7 @@ class MemoryStore:
         self,
         memory: Memory,
         *,
+        model: Nugget2D | None = None,
         key: str | None = None,
         name: str = "",
         tags: Sequence[str] = (),
@@ -70,6 +69,7 @@ class MemoryStore:
 
         Args:
             memory: what to keep.
+            model: the one that made it. Without, every search will read the whole memory to know its words.
             key: its content address (`Settings.address`); None takes its checksum.
             name: what a person calls it.
             tags: words to filter by.
@@ -87,7 +87,9 @@ class MemoryStore:
         if key is not None and not _DIGITS.fullmatch(key):
             raise InputError(f"{key!r} is no content address; take that of `Settings.address`")
         record = Record.of(memory, key or memory.checksum, name=name, tags=tags, owner=owner, settings=settings)
-        return self._backend.keep(Entry(record, Embedding.of(memory).to_bytes()), memory.to_bytes())
+        return self._backend.keep(
+            Entry(record, b"" if model is None else Words.of(memory, model).to_bytes()), memory.to_bytes()
+        )
 
     def add(
         self,
@@ -120,7 +122,7 @@ class MemoryStore:
         if (known := self.at(key, owner=owner)) is not None:
             return known
         memory = self._backend.find(key) or settings.compress(model, text, on_progress)
-        return self.put(memory, key=key, name=name, tags=tags, owner=owner, settings=settings)
+        return self.put(memory, model=model, key=key, name=name, tags=tags, owner=owner, settings=settings)
 
     def at(self, key: str, *, owner: str = "") -> Record | None:
         """The record that `owner` has at a content address (`Settings.address`), if there is one."""
@@ -174,16 +176,19 @@ class MemoryStore:
     def search(
         self, model: Nugget2D, query: str, *, top: int = 10, owner: str | None = None, tag: str | None = None
     ) -> list[Hit]:
-        """The memories whose meaning is nearest to `query`, best first, each with its best segment.
+        """The memories that fit `query` best, best first, each with its best segment.
 
-        Only memories of `model` are compared. The search is exact: one matrix product over the vectors of all their
-        segments. Scores are cosines after these vectors were centred and whitened (see embedding.py): they compare
-        memories of one search, no more.
+        Segments are compared by the words that their nuggets' states spell (words.py): of a model with `config.slots`
+        nearly all words of the text, else those that became nuggets. Only memories of `model` are searched; a score
+        compares memories of one search, no more, and memories without any word of the query are left out.
 
         Raises:
             InputError: an empty query.
         """
-        wanted = Embedding.of(model.compress(query, ratio=1)).vectors.astype(np.float32).mean(0)
+        if not query.strip():
+            raise InputError("the query is empty; give words to search for")
+        # a word is another token at the start of a text than within
+        wanted = [token for text in (query, f" {query}") for token in model.ids(text)[0].tolist()]
         entries = [
             entry
             for entry in self._backend.entries()
@@ -191,14 +196,15 @@ class MemoryStore:
         ]
         if not entries:
             return []
-        embeddings = [Embedding.from_bytes(entry.vectors) for entry in entries]
-        scores = similarities(np.concatenate([one.vectors for one in embeddings]).astype(np.float32), wanted)
-        hits, first = [], 0
-        for entry, embedding in zip(entries, embeddings, strict=True):
-            own = scores[first : first + len(embedding.spans)]
-            best = int(own.argmax())
-            hits.append(Hit(entry.record, float(own[best]), *embedding.spans[best].tolist()))
-            first += len(own)
+        words = [
+            Words.from_bytes(entry.words) if entry.words else Words.of(self.get(entry.record.id), model)
+            for entry in entries
+        ]
+        hits = []
+        for entry, one, scores in zip(entries, words, relevance(words, wanted), strict=True):
+            best = int(scores.argmax())
+            if scores[best] > 0:
+                hits.append(Hit(entry.record, float(scores[best]), *one.spans[best].tolist()))
         return sorted(hits, key=lambda hit: hit.score, reverse=True)[:top]
 
     def place(self, id: str) -> str:

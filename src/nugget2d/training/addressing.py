@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nugget2d.errors import RecipeError
 from nugget2d.network import Network
 from nugget2d.selection import even_ends
-from nugget2d.training.slots import slot_layout
+from nugget2d.slots import slot_layout
 
 PEAK = 40.0  # logit at the addressed distance
 FLAG_SCALE = 2.0  # norm of the flag, in norms of an average embedding

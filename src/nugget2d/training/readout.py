@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nugget2d.network import Encoded, Network
-from nugget2d.training.slots import final_norm, slot_layout
+from nugget2d.slots import final_norm, slot_layout
 
 
 def readout_loss(model: Network, encoded: Encoded, ids: Tensor) -> Tensor:
@@ -37,9 +37,7 @@ def readout_loss(model: Network, encoded: Encoded, ids: Tensor) -> Tensor:
             break
         places = (encoded.index[:, None, :] - distances[None, :, None]).clamp(min=0)
         wanted = numbers.gather(1, places.flatten(1)).view_as(places)
-        values = encoded.nuggets.values[layer]  # (B, heads, K, head_dim)
-        output = layout.decoder[layer].self_attn.o_proj.weight.view(-1, layout.heads, layout.head_dim)
-        written = torch.einsum("bhkc,dhc->bhkd", values, output.to(values.dtype))
+        written = layout.written(layer, encoded.nuggets.values[layer])
         logits = F.linear(norm(written[inside]), embeddings)
         losses.append(F.cross_entropy(logits.float(), wanted[inside]))
     # layers weigh the same: the far slots of deep layers are fewer, and would otherwise never be learned

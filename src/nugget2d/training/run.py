@@ -191,6 +191,7 @@ def _trained(init: str, name: str, stage: CompressStage, device: torch.device) -
         "name": name,
         "memory": stage.memory,
         "selection": stage.selection,
+        "slots": model.config.slots or stage.readout > 0,
         "window": max(model.config.window, stage.longest_window),
         "context": max(model.config.context, stage.longest_context),
     }
@@ -257,6 +258,7 @@ def _wrap(
         window=stage.longest_window,
         context=stage.longest_context,
         flag=stage.flag,
+        slots=stage.readout > 0,
     )
     if isinstance(model, PartMemory):
         model.keep(stage.memory_layers)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nugget2d.errors import RecipeError
+from nugget2d.errors import ModelError
 from nugget2d.hidden import find_layers
 from nugget2d.network import Network
 from nugget2d.parameters import CopiedParameters
@@ -29,22 +29,27 @@ class SlotLayout:
     heads: int
     head_dim: int
 
-    def distances(self, layer: int) -> torch.Tensor:
+    def distances(self, layer: int) -> Tensor:
         """(heads,) distance that each head of `layer` >= 1 carries."""
         return (layer - 1) * self.heads + torch.arange(self.heads)
+
+    def written(self, layer: int, values: Tensor) -> Tensor:
+        """(..., heads, K, d): what the decoder adds to its hidden state on reading values (..., heads, K, head_dim)."""
+        output = self.decoder[layer].self_attn.o_proj.weight.view(-1, self.heads, self.head_dim)
+        return torch.einsum("...hkc,dhc->...hkd", values, output.to(values.dtype))
 
 
 def slot_layout(model: Network) -> SlotLayout:
     """The layout of a model made of two copies of a Llama-shaped LM.
 
     Raises:
-        RecipeError: another kind of model, whose heads cannot be told apart this way.
+        ModelError: another kind of model, whose heads cannot be told apart this way.
     """
     roles = model.parameters_by_role
     config = model.lm.config
     heads = config.num_attention_heads
     if not isinstance(roles, CopiedParameters) or config.num_key_value_heads != heads:
-        raise RecipeError("`readout` and `addressing` need `adapters: copies` and one key-value head for each head")
+        raise ModelError("slots need `adapters: copies` and one key-value head for each head")
     decoder = list(find_layers(model.lm))
     encoder = list(find_layers(model.lm, roles.encoder))
     width = config.hidden_size // heads if config.head_dim is None else config.head_dim
@@ -55,9 +60,9 @@ def final_norm(lm: PreTrainedModel) -> nn.Module:
     """The norm before the head.
 
     Raises:
-        RecipeError: the LM has none under its usual name.
+        ModelError: the LM has none under its usual name.
     """
     norm = getattr(lm.base_model, "norm", None)
     if not isinstance(norm, nn.Module):
-        raise RecipeError(f"`readout` needs a Llama-shaped base, {type(lm).__name__} has no final norm")
+        raise ModelError(f"slots need a Llama-shaped base, {type(lm).__name__} has no final norm")
     return norm

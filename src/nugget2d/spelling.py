@@ -1,0 +1,53 @@
+"""Which tokens a memory holds, read off its nuggets' states without running the decoder."""
+
+import torch
+from torch import Tensor
+
+from nugget2d.cache import cached_states
+from nugget2d.memory import Memory
+from nugget2d.network import Network
+from nugget2d.slots import final_norm, slot_layout
+
+BATCH = 4096  # tokens of the vocabulary that are compared at once
+
+
+@torch.no_grad()
+def spelled(model: Network, memory: Memory) -> list[Tensor]:
+    """The tokens of each segment, (m,) ids in no order: nearly all of them if the model was trained with the read-out
+    loss (`config.slots`), else those that were chosen as nuggets.
+
+    Args:
+        model: the one that made the memory.
+        memory: of any ratio; tokens further from their nugget than there are slots are missing.
+    """
+    return (_slots if model.config.slots else _chosen)(model, memory)
+
+
+def _slots(model: Network, memory: Memory) -> list[Tensor]:
+    """What the slots (slots.py) between one nugget and the next say."""
+    layout, norm, head = slot_layout(model), final_norm(model.lm), model.lm.get_output_embeddings()
+    values = [states.restore().to(model.device, model.lm.dtype) for states in memory.values]
+    found = []
+    for part in memory.segment_slices:
+        gaps = torch.diff(memory.local_positions[part].long(), prepend=torch.tensor([-1])).to(model.device)
+        said = []
+        for layer in range(1, len(values)):
+            inside = layout.distances(layer).to(model.device)[:, None] < gaps
+            said.append(head(norm(layout.written(layer, values[layer][:, part])[inside])).argmax(-1))
+        found.append(torch.cat(said).cpu())
+    return found
+
+
+def _chosen(model: Network, memory: Memory) -> list[Tensor]:
+    """The tokens whose first-layer values are nearest: those depend on the token alone (and on learned positions)."""
+    wanted = memory.values[0].restore().to(model.device).transpose(0, 1).flatten(1)  # (k, kv_heads x head_dim)
+    best = wanted.new_full((len(wanted),), -torch.inf)
+    tokens = torch.zeros_like(best, dtype=torch.long)
+    for ids in torch.arange(len(model.tokenizer), device=model.device).split(BATCH):
+        embeds = model.embed(ids[:, None])
+        cache = model.encoder_states(embeds if model.flag is None else embeds + model.flag.to(embeds.dtype), layers=1)
+        values = cached_states(cache)[1][0].flatten(1).to(wanted.dtype)
+        nearness, index = (wanted @ values.T - values.square().sum(1) / 2).max(1)
+        tokens = torch.where(nearness > best, ids[index], tokens)
+        best = torch.maximum(nearness, best)
+    return [tokens[part].cpu() for part in memory.segment_slices]

@@ -1,0 +1,67 @@
+"""What the parts of a memory hold, as its nuggets' own states spell it, and how well that fits a query.
+
+Every state that spells a token (spelling.py) counts as one; the scores of all segments are a product of the sparse
+matrix of these counts, weighted by BM25 (Robertson and Zaragoza 2009), with the tokens of the query.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+
+from nugget2d.memory import Memory
+from nugget2d.model import Nugget2D
+from nugget2d.spelling import spelled
+
+# BM25's usual constants: how soon more of the same token adds nothing, how much long segments are held back
+SATURATION, LENGTH = 1.2, 0.75
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """The tokens of each segment of a memory.
+
+    Attributes:
+        tokens: (m,) int32 ids, segment after segment.
+        counts: (segments,) int32, how many of them are of each segment.
+        spans: (segments, 2) int32, the characters that each segment stands for.
+    """
+
+    tokens: NDArray[np.int32]
+    counts: NDArray[np.int32]
+    spans: NDArray[np.int32]
+
+    @staticmethod
+    def of(memory: Memory, model: Nugget2D) -> "Words":
+        """What `model`, which made the memory, reads off it."""
+        parts = spelled(model, memory)
+        spans = [(segment.start, segment.end) for segment in memory.segments]
+        counts = np.array([len(part) for part in parts], dtype=np.int32)
+        return Words(torch.cat(parts).numpy().astype(np.int32), counts, np.array(spans, dtype=np.int32))
+
+    def to_bytes(self) -> bytes:
+        """For a store's index."""
+        return safetensors.numpy.save({"tokens": self.tokens, "counts": self.counts, "spans": self.spans})
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "Words":
+        """What `to_bytes` gave."""
+        return Words(**safetensors.numpy.load(data))
+
+
+def relevance(words: Sequence[Words], query: Sequence[int]) -> list[NDArray[np.float64]]:
+    """How well each segment of every memory fits a query of token ids: BM25 over all these segments."""
+    counts = np.concatenate([one.counts for one in words])
+    tokens = np.concatenate([one.tokens for one in words])
+    segment = np.repeat(np.arange(len(counts)), counts)
+    held_back = SATURATION * (1 - LENGTH + LENGTH * counts / max(counts.mean(), 1))
+    scores = np.zeros(len(counts))
+    for token in sorted(set(query)):
+        often = np.bincount(segment[tokens == token], minlength=len(counts))
+        having = np.count_nonzero(often)
+        rarity = np.log1p((len(counts) - having + 0.5) / (having + 0.5))
+        scores += rarity * often * (SATURATION + 1) / (often + held_back)
+    return np.split(scores, np.cumsum([len(one.counts) for one in words])[:-1])
