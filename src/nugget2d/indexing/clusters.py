@@ -19,11 +19,12 @@ from nugget2d.indexing.work import Job, Outcome, Worker
 # Unless the user says otherwise: nobody is told that Ray is used, and a terminal shows our progress, not Ray's.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "ERROR", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 
+READ_AHEAD = 2**26  # bytes of batches, and of what came of them, that wait in Ray's object store
 AGAIN = "run the same command again: it goes on where it stopped"
 
 
 def run_on_cluster(job: Job, batches: Iterable[Batch], workers: int) -> Iterator[list[Outcome]]:
-    """Outcomes of batch after batch, as they are done. Batches are read only as fast as they are worked on.
+    """Outcomes of batch after batch, as they are done. At most `READ_AHEAD` bytes are read ahead.
 
     The cluster is the one that Ray was initialized with, or that `RAY_ADDRESS` names, or else one of this machine, for
     as long as this runs. The corpus is read on this machine. Every machine needs this package and the model; the store
@@ -54,6 +55,8 @@ def run_on_cluster(job: Job, batches: Iterable[Batch], workers: int) -> Iterator
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
         context.target_max_block_size = 1  # bytes: every batch goes to whichever actor is free
+        limit = ray.data.ExecutionResources.for_limits(object_store_memory=READ_AHEAD)
+        context.execution_options.resource_limits = limit
         with ray.data.DataContext.current(context):
             read = ray.data.range(1).map_batches(
                 _Reader(batches),
