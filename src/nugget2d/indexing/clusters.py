@@ -8,6 +8,7 @@ import os
 import pickle
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,13 @@ def run_on_cluster(job: Job, batches: Iterable[Batch], workers: int) -> Iterator
     except ImportError as error:
         raise InputError("the engine 'ray' needs more packages: pip install 'nugget2d[ray]'") from error
 
+    store, model = job.store, job.model
+    job = job.model_copy(  # actors start in another folder
+        update={
+            "store": store if "://" in store else str(Path(store).expanduser().absolute()),
+            "model": str(Path(model).absolute()) if Path(model).is_dir() else model,
+        }
+    )
     here = not ray.is_initialized()
     if here:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
