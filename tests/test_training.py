@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import tiny
 from nugget2d import Nugget2D
-from nugget2d.errors import RecipeError
+from nugget2d.errors import ModelError, RecipeError
 from nugget2d.training.corpus import Pack, documents, make_pack
 from nugget2d.training.recipe import OptimConfig, RatioConfig, Source, load_recipe
 from nugget2d.training.run import fit_recipe, train
@@ -240,7 +240,7 @@ def test_slots_need_two_copies(tmp_path: Path) -> None:
     content["compress"]["phases"] = [{"objectives": {"reconstruct": 1}, "windows": {32: 1}}]
     content["compress"]["adapters"] = "lora"
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(RecipeError, match="adapters: copies"):
+    with pytest.raises(ModelError, match="adapters: copies"):
         train(tmp_path / "tiny.yaml")
 
 

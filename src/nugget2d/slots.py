@@ -49,7 +49,7 @@ def slot_layout(model: Network) -> SlotLayout:
     config = model.lm.config
     heads = config.num_attention_heads
     if not isinstance(roles, CopiedParameters) or config.num_key_value_heads != heads:
-        raise ModelError("slots need `adapters: copies` and one key-value head for each head")
+        raise ModelError("slots (`readout`, `addressing`) need `adapters: copies` and one key-value head for each head")
     decoder = list(find_layers(model.lm))
     encoder = list(find_layers(model.lm, roles.encoder))
     width = config.hidden_size // heads if config.head_dim is None else config.head_dim

@@ -44,6 +44,7 @@ def train(recipe_path: Path, *, out: Path | None = None, fresh: bool = False) ->
 
     Raises:
         RecipeError: the recipe or its data is wrong; the message names the key and the remedy.
+        ModelError: what it trains is of a kind that cannot be trained so.
     """
     recipe = load_recipe(recipe_path)
     if recipe.compress is not None and recipe.compress.memory not in SAVED:
@@ -86,6 +87,7 @@ def fit_recipe(
 
     Raises:
         RecipeError: the recipe or its data is wrong; the message names the key and the remedy.
+        ModelError: what it trains is of a kind that cannot be trained so.
     """
     processes = processes or alone()
     torch.manual_seed(recipe.seed)
