@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +38,8 @@ class Child:
                 os.close(reader)
                 work(lambda line: os.write(writer, line + b"\n"))
                 code = 0
+            except BaseException:
+                os.write(2, traceback.format_exc().encode())
             finally:
                 os._exit(code)  # none of pytest's own endings
         os.close(writer)

@@ -1,9 +1,10 @@
 """Reading text and writing files so that nothing half-written is ever left behind."""
 
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -54,14 +55,17 @@ def sync_folder(folder: Path) -> None:
 
 def check_writable(path: Path, *, force: bool) -> None:
     """Refuse early what would fail late: an existing output, a folder in its place, a missing parent."""
+    mode = None
     try:
-        exists, regular, parent = path.exists(), path.is_file(), path.parent.is_dir()
+        parent = path.parent.is_dir()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            mode = path.stat().st_mode  # looked at once: between two looks somebody may remove it
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     # a rename onto a device such as /dev/null would replace the device
-    if exists and not regular:
+    if mode is not None and not stat.S_ISREG(mode):
         raise OutputError(f"cannot write {path}: it is a folder or a device; give a file name")
-    if exists and not force:
+    if mode is not None and not force:
         raise OutputError(f"{path} exists; pass --force to replace it")
     if not parent:
         raise OutputError(f"cannot write {path}: folder {path.parent} does not exist; create it first")
