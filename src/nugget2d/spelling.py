@@ -26,14 +26,15 @@ def spelled(model: Network, memory: Memory) -> list[Tensor]:
 def _slots(model: Network, memory: Memory) -> list[Tensor]:
     """What the slots (slots.py) between one nugget and the next say."""
     layout, norm, head = slot_layout(model), final_norm(model.lm), model.lm.get_output_embeddings()
-    values = [states.restore().to(model.device, model.lm.dtype) for states in memory.values]
+    # the first layer's values have no slots: they stay unread
+    values = [states.restore().to(model.device, model.lm.dtype) for states in memory.values[1:]]
     found = []
     for part in memory.segment_slices:
         gaps = torch.diff(memory.local_positions[part].long(), prepend=torch.tensor([-1])).to(model.device)
         said = []
-        for layer in range(1, len(values)):
+        for layer, mine in enumerate(values, 1):
             inside = layout.distances(layer).to(model.device)[:, None] < gaps
-            said.append(head(norm(layout.written(layer, values[layer][:, part])[inside])).argmax(-1))
+            said.append(head(norm(layout.written(layer, mine[:, part])[inside])).argmax(-1))
         found.append(torch.cat(said).cpu())
     return found
 

@@ -15,13 +15,11 @@ import numpy as np
 
 from nugget2d.errors import InputError, NuggetError, StoreError
 from nugget2d.indexing.documents import Batch
-from nugget2d.indexing.work import Job, Outcome, Worker
+from nugget2d.indexing.work import AGAIN, Job, Outcome, Worker
 
 # Unless the user says otherwise: nobody is told that Ray is used, and a terminal shows our progress, not Ray's.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "ERROR", "RAY_BACKEND_LOG_LEVEL": "fatal"}
-
 READ_AHEAD = 2**26  # bytes of batches, and of what came of them, that wait in Ray's object store
-AGAIN = "run the same command again: it goes on where it stopped"
 
 
 def run_on_cluster(job: Job, batches: Iterable[Batch], workers: int) -> Iterator[list[Outcome]]:

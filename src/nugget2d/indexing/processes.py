@@ -9,7 +9,7 @@ from multiprocessing import get_context
 
 from nugget2d.errors import StoreError
 from nugget2d.indexing.documents import Batch
-from nugget2d.indexing.work import Job, Outcome, Worker
+from nugget2d.indexing.work import AGAIN, Job, Outcome, Worker
 
 WAITING = 2  # batches under way for each worker: one in work, one that waits for it
 
@@ -34,9 +34,7 @@ def run_in_processes(job: Job, batches: Iterable[Batch], workers: int) -> Iterat
             done, running = wait(running, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in done)
     except BrokenProcessPool as error:
-        raise StoreError(
-            "a worker process was ended (out of memory?); run the same command again: it goes on where it stopped"
-        ) from error
+        raise StoreError(f"a worker process was ended (out of memory?); {AGAIN}") from error
     finally:
         pool.shutdown(cancel_futures=True)  # what is in work is finished, and kept
 

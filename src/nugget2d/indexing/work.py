@@ -15,6 +15,8 @@ from nugget2d.model import Nugget2D
 from nugget2d.states import StoreDtype
 from nugget2d.store import MemoryStore, Settings
 
+AGAIN = "run the same command again: it goes on where it stopped"  # what an engine that gives up says last
+
 
 class Job(Frozen):
     """Everything a worker must be told.
