@@ -26,7 +26,7 @@ from nugget2d.evaluation.streaming.tables import markdown
 from nugget2d.evaluation.streaming.text import articles, cut
 from nugget2d.losses import token_losses
 
-BUDGET = Budget(states=24, chunk=8, ratio=4)
+BUDGET = Budget(states=24, chunk=8, ratio=4, share=0.5)
 FIRST = BUDGET.text
 LENGTH = 130
 
@@ -111,6 +111,7 @@ def test_sinks_are_a_cache_whose_positions_are_its_own(llama: Nugget2D) -> None:
         ({"chunk": 10}, "whole nuggets"),
         ({"states": 20, "chunk": 16}, "whole chunks"),
         ({"states": 16}, "no room"),
+        ({"share": 0.01}, "24 states, 0 of them nuggets"),
         ({"states": 100, "chunk": 40}, "longer than the model's window of 32"),
         ({"states": 240}, "contexts of 500"),
     ],
@@ -157,6 +158,7 @@ def test_a_run_measures_only_what_is_missing(llama: Nugget2D, tmp_path: Path) ->
         states=(24, 32),
         chunk=8,
         ratio=4,
+        share=0.5,
         tokens=100,
         block=40,
     )
@@ -209,7 +211,9 @@ def test_the_command(tmp_path: Path) -> None:
 
     for wrong, saying in (
         (["--chunk", "10"], "other settings (chunk)"),
-        (["--states", "9000"], "contexts of"),
+        (["--share", "0.5"], "other settings (share)"),
+        (["--share", "0.02"], "another --share"),
+        (["--states", "8000"], "contexts of"),
         (["--states", "few"], "--states takes numbers"),
         (["--compressive", tmp_path / "none"], "none"),
         (["--data", tmp_path / "missing.txt"], "matches no file"),

@@ -210,7 +210,7 @@ def test_the_objective_is_the_loss_of_a_stream(llama: Nugget2D) -> None:
     ids = tiny.random_ids(2, layout.length)
     count = count_nuggets([tiny.WINDOW], 4)[0]
     with torch.no_grad():
-        loss = stream_loss(llama, ids, layout, count, llama.config.selection, torch.Generator())
+        loss, _ = stream_loss(llama, ids, layout, count, llama.config.selection, torch.Generator())
     expected = []
     for row in ids:
         stream = llama.stream(layout.tau, 4)

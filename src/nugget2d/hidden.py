@@ -1,5 +1,7 @@
-"""Hidden states of an early layer, without computing the layers after it and without patching any model."""
+"""What goes on inside a model, without patching it: states of an early layer, inputs of any module."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,3 +54,14 @@ def hidden_after(body: PreTrainedModel, layers: nn.ModuleList, count: int, ids: 
     finally:
         hook.remove()
     raise ModelError(f"layer {count - 1} did not run; this architecture skips layers")
+
+
+@contextmanager
+def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Within the block, collect the first input of every call of `module`."""
+    caught: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
+    try:
+        yield caught
+    finally:
+        hook.remove()

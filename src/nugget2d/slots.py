@@ -5,6 +5,8 @@ token. Layer 0 sees just the nugget's own token; from layer 1 on, slot (l, h) is
 (l - 1) * heads + h places before the nugget: L layers of H heads carry (L - 1) * H tokens. Left alone, training fills
 about one layer's worth (docs/LOG.md, the copy-span staircase); read-out loss and addressing make every layer carry its
 share.
+
+Layers without positions are not counted: their heads find tokens by what they are (training/lookup.py).
 """
 
 from dataclasses import dataclass
@@ -22,16 +24,25 @@ from nugget2d.parameters import CopiedParameters
 
 @dataclass(frozen=True)
 class SlotLayout:
-    """The layers of both copies and the numbers that slots are counted by."""
+    """The layers of both copies and the numbers that slots are counted by.
+
+    Attributes:
+        encoder: all its layers.
+        decoder: all its layers.
+        layers: numbers of those that have slots, the nearest first.
+        heads: of each layer.
+        head_dim: of each head.
+    """
 
     encoder: list[Any]
     decoder: list[Any]
+    layers: list[int]
     heads: int
     head_dim: int
 
     def distances(self, layer: int) -> Tensor:
-        """(heads,) distance that each head of `layer` >= 1 carries."""
-        return (layer - 1) * self.heads + torch.arange(self.heads)
+        """(heads,) distance that each head of `layer`, one of `layers`, carries."""
+        return self.layers.index(layer) * self.heads + torch.arange(self.heads)
 
     def written(self, layer: int, values: Tensor) -> Tensor:
         """(..., heads, K, d): what the decoder adds to its hidden state on reading values (..., heads, K, head_dim)."""
@@ -52,8 +63,15 @@ def slot_layout(model: Network) -> SlotLayout:
         raise ModelError("slots (`readout`, `addressing`) need `adapters: copies` and one key-value head for each head")
     decoder = list(find_layers(model.lm))
     encoder = list(find_layers(model.lm, roles.encoder))
-    width = config.hidden_size // heads if config.head_dim is None else config.head_dim
-    return SlotLayout(encoder, decoder, heads, width)
+    rotated = [number for number in range(len(decoder)) if number not in unrotated_layers(model.lm)]
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return SlotLayout(encoder, decoder, rotated[1:], heads, width)
+
+
+def unrotated_layers(lm: PreTrainedModel) -> list[int]:
+    """Numbers of the layers without positions of a rotary LM, as SmolLM3 lists them."""
+    rotated = getattr(lm.config, "no_rope_layers", None) or []  # says, in spite of its name, which do rotate
+    return [number for number, rotates in enumerate(rotated) if not rotates]
 
 
 def final_norm(lm: PreTrainedModel) -> nn.Module:

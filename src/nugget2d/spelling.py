@@ -26,13 +26,13 @@ def spelled(model: Network, memory: Memory) -> list[Tensor]:
 def _slots(model: Network, memory: Memory) -> list[Tensor]:
     """What the slots (slots.py) between one nugget and the next say."""
     layout, norm, head = slot_layout(model), final_norm(model.lm), model.lm.get_output_embeddings()
-    # the first layer's values have no slots: they stay unread
-    values = [states.restore().to(model.device, model.lm.dtype) for states in memory.values[1:]]
+    # values of layers without slots stay unread
+    values = {layer: memory.values[layer].restore().to(model.device, model.lm.dtype) for layer in layout.layers}
     found = []
     for part in memory.segment_slices:
         gaps = torch.diff(memory.local_positions[part].long(), prepend=torch.tensor([-1])).to(model.device)
         said = []
-        for layer, mine in enumerate(values, 1):
+        for layer, mine in values.items():
             inside = layout.distances(layer).to(model.device)[:, None] < gaps
             said.append(head(norm(layout.written(layer, mine[:, part])[inside])).argmax(-1))
         found.append(torch.cat(said).cpu())

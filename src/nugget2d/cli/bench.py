@@ -88,6 +88,9 @@ def lm(
     ] = None,
     states: Annotated[str, typer.Option("--states", help="Most keys that a query attends to.")] = "256,128,64",
     chunk: Annotated[int, typer.Option("--chunk", min=1, help="Tokens between two slides, of all methods.")] = 20,
+    share: Annotated[
+        float, typer.Option("--share", min=0.01, max=0.99, help="The part of the states that are nuggets.")
+    ] = 0.125,
     tokens: Annotated[
         int, typer.Option("--tokens", min=1, help="Tokens scored of each corpus, in whole blocks.")
     ] = 100_000,
@@ -118,6 +121,7 @@ def lm(
         data_sha256=digests,
         states=columns,
         chunk=chunk,
+        share=share,
         tokens=tokens,
     )
     documents = {name: [part for text in texts for part in articles(text)] for name, texts in corpora.items()}

@@ -66,6 +66,14 @@ def mixed_logits(
     return _in_one_row(model, nuggets, ids, layout, way, role)
 
 
+def in_text_order(states: Tensor, batch: int, layout: Layout) -> Tensor:
+    """(rows, inputs, d) of any module of the LM in `mixed_logits` -> (batch, n, d): its tokens, without heads."""
+    if len(states) == batch:  # in one row
+        return states[:, layout.views :]
+    rows = _Rows(layout)
+    return states[:, 1:].unflatten(0, (batch, rows.count)).flatten(1, 2)[:, rows.padding :]
+
+
 # ---- one row: [heads | tokens] ----
 
 
@@ -82,9 +90,11 @@ def _in_one_row(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: La
         if way == "dense":
             bias = None if nuggets is None else nuggets.bias
             mask = _additive(keys.seen_by(Queries(*(field[:, None] for field in queries))), bias, len(ids), embeds)
-            return _logits(lm, embeds, positions[None], cache, mask)[:, layout.views :]
-        with _attending(lm, "flex_attention"):
-            return _logits(lm, embeds, positions[None], cache, _block_mask(queries, keys))[:, layout.views :]
+            logits = _logits(lm, embeds, positions[None], cache, mask)
+        else:
+            with _attending(lm, "flex_attention"):
+                logits = _logits(lm, embeds, positions[None], cache, _block_mask(queries, keys))
+    return in_text_order(logits, len(ids), layout)
 
 
 def _block_mask(queries: Queries, keys: Keys) -> BlockMask:
@@ -138,7 +148,7 @@ def _by_rows(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layou
     with model.parameters_by_role.role(role) as lm:
         additive = _additive(mask, bias, batch, embeds)
         logits = _logits(lm, embeds.flatten(0, 1), positions, cache, additive)
-    return logits[:, 1:].reshape(batch, rows.count * layout.chunk, -1)[:, rows.padding :]
+    return in_text_order(logits, batch, layout)
 
 
 class _Rows:

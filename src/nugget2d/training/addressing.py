@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nugget2d.errors import RecipeError
+from nugget2d.hidden import inputs_of
 from nugget2d.network import Network
 from nugget2d.selection import even_ends
 from nugget2d.slots import slot_layout
@@ -28,12 +29,14 @@ def address_slots(model: Network, ids: Tensor) -> None:
         ids: (B, n) sample text, to measure how strongly the flag shows in the input of each layer.
 
     Raises:
-        RecipeError: a model without biases, rotary embedding or flag.
+        RecipeError: a model without biases, flag, or rotary embedding in each of two layers or more.
     """
     layout = slot_layout(model)
     rotary = getattr(model.lm.base_model, "rotary_emb", None)
     if rotary is None or model.flag is None or layout.encoder[0].self_attn.q_proj.bias is None:
         raise RecipeError("`addressing` needs rotary embeddings, `attention_bias: true` and the nugget flag")
+    if len(layout.layers) + 1 < max(2, len(layout.decoder)):
+        raise RecipeError("`addressing` needs two layers or more, all of them rotary")
     frequencies: Tensor = rotary.inv_freq
     # high frequencies tell neighbours apart, low ones keep far distances from aliasing
     share = frequencies.clamp(min=0.03).sqrt()
@@ -64,15 +67,11 @@ def address_slots(model: Network, ids: Tensor) -> None:
 
 def _flag_contrast(model: Network, projection: nn.Module, direction: Tensor, ids: Tensor) -> Tensor:
     """How much further inputs of `projection` lie along `direction` for nuggets than for other tokens."""
-    caught: list[Tensor] = []
-    hook = projection.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
     batch, length = ids.shape
     count = max(1, length // 16)
-    try:
+    with inputs_of(projection) as caught:
         # as nuggets, whatever memory this model makes
         Network.encode(model, ids, [length] * batch, [count] * batch, selection="even")
-    finally:
-        hook.remove()
     along = caught[0] @ direction
     chosen = torch.zeros(length, dtype=torch.bool, device=ids.device)
     chosen[even_ends(length, count)] = True

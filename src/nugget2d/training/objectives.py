@@ -76,22 +76,23 @@ def _continuation(
 ) -> Tensor:
     """(B, n - segments * length, V): what the decoder predicts after the joined memories of the segments."""
     target = ids[:, segments * length :]
-    nuggets = _memories(model, ids, segments, length, counts, selection, generator)
+    nuggets, _ = _memories(model, ids, segments, length, counts, selection, generator)
     return model.decode(nuggets, target[:, :-1], prompt="continue", start=segments * length)
 
 
 def stream_loss(
     model: Network, ids: Tensor, layout: Layout, count: int, selection: SelectionName, generator: torch.Generator
-) -> Tensor:
+) -> tuple[Tensor, Encoded]:
     """Autoregressive mode: the likelihood of a text that is read as a stream reads it (Nugget2D, section 3.3).
 
     (B, layout.length) ids: each of its segments becomes `count` nuggets; a token sees the segments that have left it
-    behind as nuggets, and at least tau tokens before it whole. The loss is of those that see nuggets.
+    behind as nuggets, and at least tau tokens before it whole. The loss is of those that see nuggets. Returned with it
+    are the nuggets, a row for each segment.
     """
     counts = [count] * len(ids)
-    nuggets = _memories(model, ids, layout.segments, layout.chunk, counts, selection, generator)
+    nuggets, encoded = _memories(model, ids, layout.segments, layout.chunk, counts, selection, generator)
     first = layout.tau + layout.chunk
-    return token_losses(mixed_logits(model, nuggets, ids, layout)[:, first:-1], ids[:, first + 1 :]).mean()
+    return token_losses(mixed_logits(model, nuggets, ids, layout)[:, first:-1], ids[:, first + 1 :]).mean(), encoded
 
 
 def _memories(
@@ -102,12 +103,15 @@ def _memories(
     counts: Sequence[int],
     selection: SelectionName,
     generator: torch.Generator,
-) -> Nuggets:
-    """The joined memories of the first `segments` windows of `length` tokens, counts[i] nuggets of each in row i."""
+) -> tuple[Nuggets, Encoded]:
+    """The joined memories of the first `segments` windows of `length` tokens, counts[i] nuggets of each in row i.
+
+    Returned with them is what was joined, a row for each window.
+    """
     rows = ids[:, : segments * length].reshape(-1, length)
     each = [count for count in counts for _ in range(segments)]
     encoded = model.encode(rows, [length] * len(rows), each, selection=selection, generator=generator)
-    return join_rows(model, encoded.nuggets, len(ids), segments, length)
+    return join_rows(model, encoded.nuggets, len(ids), segments, length), encoded
 
 
 def lm_loss(model: Network, ids: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The slot read-out loss: a short gradient path that teaches the encoder what to put where.
 
-For every nugget, layer l >= 1 and head h: the value (head_dim) goes through the decoder's own output projection of that
-head, the final norm and the tied embeddings, as if nothing stood between, and should predict the token at the slot's
-distance (slots.py). The decoder learns to read the same slots by its ordinary loss.
+For every nugget, layer with slots, and head: the value (head_dim) goes through the decoder's own output projection of
+that head, the final norm and the tied embeddings, as if nothing stood between, and should predict the token at the
+slot's distance (slots.py). The decoder learns to read the same slots by its ordinary loss.
 """
 
 import torch
@@ -30,7 +30,7 @@ def readout_loss(model: Network, encoded: Encoded, ids: Tensor) -> Tensor:
     words, numbers = torch.unique(ids, return_inverse=True)
     embeddings = model.embed(words)
     losses = []
-    for layer in range(1, len(layout.decoder)):
+    for layer in layout.layers:
         distances = layout.distances(layer).to(ids.device)
         inside = distances[None, :, None] < gaps[:, None, :]  # (B, heads, K)
         if not inside.any():

@@ -192,6 +192,8 @@ class CompressStage(Stage):
         streams: what objective "stream" reads.
         readout: weight of the slot read-out loss (readout.py); 0 turns it off.
         addressing: start with attention biases that address slots by distance (addressing.py).
+        grow: of a trained compressor, one more layer that looks tokens up (growth.py).
+        lookup: weight of the loss that teaches it to (lookup.py), at first: it falls to a fifth; 0 turns it off.
         checkpoint_activations: run each layer again in the backward pass instead of keeping what it computed.
         offload_activations: keep what the backward pass needs in the host's memory.
     """
@@ -212,6 +214,8 @@ class CompressStage(Stage):
     streams: StreamConfig = StreamConfig()
     readout: float = Field(default=0.0, ge=0)
     addressing: bool = False
+    grow: bool = False
+    lookup: float = Field(default=0.0, ge=0)
     checkpoint_activations: bool = False
     offload_activations: bool = False
 
@@ -226,6 +230,8 @@ class CompressStage(Stage):
             raise ValueError(f"`init` brings its own {', '.join(given)}: remove {'it' if len(given) == 1 else 'them'}")
         if self.init is not None and self.memory not in SAVED:
             raise ValueError(f"`init` cannot go on as `memory: {self.memory}`, only as one of {', '.join(SAVED)}")
+        if self.grow and self.init is None:
+            raise ValueError("`grow` goes on from a trained compressor: give `init`")
         if self.mixed_ratios and self.trains_streams:
             raise ValueError("`stream` reads rows of one ratio: leave it out of the objectives, or `mixed_ratios`")
         if self.init is None and self.adapters == "lora" and self.trains_lm:

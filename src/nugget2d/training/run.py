@@ -17,6 +17,7 @@ from nugget2d.errors import RecipeError
 from nugget2d.model import Nugget2D
 from nugget2d.training.addressing import address_slots
 from nugget2d.training.corpus import Pack, make_pack
+from nugget2d.training.growth import grow
 from nugget2d.training.loop import fit
 from nugget2d.training.processes import Processes, alone, together
 from nugget2d.training.recipe import FROZEN, SAVED, CompressStage, Recipe, ShapeConfig, load_recipe
@@ -102,7 +103,7 @@ def fit_recipe(
     packs = Pack(pack / "train.bin"), Pack(pack / "held_out.bin")
     console.print(f"{len(packs[0]):,} training tokens, {len(packs[1]):,} held out")
     if recipe.compress is not None and recipe.compress.init is not None:
-        model = _trained(_local(recipe.compress.init, home), recipe.name, recipe.compress, processes.device)
+        model = _trained(_local(recipe.compress.init, home), recipe.name, recipe.compress, packs[0], processes.device)
         _choose_attention(model, device)
     else:
         lm = _language_model(recipe, folder, tokenizer, packs, _base(recipe, home), processes, fresh)
@@ -112,7 +113,7 @@ def fit_recipe(
     if device == "cuda":
         compile_blocks(model.parameters_by_role)
     task = CompressTask(model, recipe.compress, *packs)
-    spread = _spread(model, recipe, processes, keep_layers=recipe.compress.readout > 0)
+    spread = _spread(model, recipe, processes, keep_layers=recipe.compress.readout + recipe.compress.lookup > 0)
     fit(task, spread, folder / "compress", seed=recipe.seed, save_minutes=recipe.save_minutes, fresh=fresh)
     return model.eval()
 
@@ -184,9 +185,11 @@ def _language_model(
     return again
 
 
-def _trained(init: str, name: str, stage: CompressStage, device: torch.device) -> Nugget2D:
+def _trained(init: str, name: str, stage: CompressStage, text: Pack, device: torch.device) -> Nugget2D:
     """The compressor to go on from, set to what it will have been trained on."""
     model = pretrained.load(MEMORIES[stage.memory], init).to(device)
+    if stage.grow:
+        model = grow(model, text)
     if model.config.adapters == "lora" and stage.trains_lm:
         raise RecipeError(FROZEN)
     changes = {

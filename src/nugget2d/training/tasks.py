@@ -10,11 +10,16 @@ from transformers import PreTrainedModel
 
 from nugget2d.config import SelectionName
 from nugget2d.evaluation.held_out import held_out_figures
+from nugget2d.hidden import inputs_of
 from nugget2d.losses import token_losses
 from nugget2d.model import Nugget2D
+from nugget2d.network import Encoded
 from nugget2d.selection import count_nuggets
+from nugget2d.streaming.layout import Layout
+from nugget2d.streaming.parallel import in_text_order
 from nugget2d.training.activations import offloaded, recomputed
 from nugget2d.training.corpus import Pack
+from nugget2d.training.lookup import lookup_keys, lookup_loss
 from nugget2d.training.objectives import continue_loss, distill_loss, lm_loss, reconstruct_loss, stream_loss
 from nugget2d.training.readout import readout_loss
 from nugget2d.training.recipe import CompressStage, Objective, PretrainStage
@@ -85,18 +90,18 @@ class CompressTask:
         objective: Objective = choose(phase.objectives, shared)
         segments = int(torch.randint(1, phase.segments + 1, (1,), generator=shared))
         if objective == "stream":
-            return self._streamed(ratio, selection, shared, own)
+            return self._streamed(progress, ratio, selection, shared, own)
+        if objective == "lm":
+            return self._plain(progress, segments * length, own)
         going_on = objective in GOING_ON
         after = stage.target if going_on else 0
-        ids = self._draw((segments if going_on or objective == "lm" else 1) * length + after, own)
+        ids = self._draw((segments if going_on else 1) * length + after, own)
         ratios = [sample_ratio(progress, stage.ratios, own) if stage.mixed_ratios else ratio for _ in ids]
         counts = [count_nuggets([length], one)[0] for one in ratios]
         if objective == "uniform":
             ids = torch.randint(len(self.model.tokenizer), ids.shape, generator=own).to(ids.device)
         with self._activations():
-            if objective == "lm":
-                loss = lm_loss(self.model, ids)
-            elif going_on:
+            if going_on:
                 loss = GOING_ON[objective](self.model, ids, segments, length, counts, selection, own)
             else:
                 loss, encoded = reconstruct_loss(self.model, ids, counts, selection, own)
@@ -104,15 +109,53 @@ class CompressTask:
                     loss = loss + stage.readout * readout_loss(self.model, encoded, ids)
         return loss, {f"loss_{objective}": float(loss.detach())}
 
+    def _plain(self, progress: float, length: int, own: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        ids = self._draw(length, own)
+        layout = Layout(tau=0, chunk=length - 1, views=1)
+        with self._activations(), self._heard() as heard:
+            loss = lm_loss(self.model, ids)
+            lookup, figures = self._lookup(progress, heard, ids[:, :-1], layout, None, own)
+        return loss + lookup, {"loss_lm": float(loss.detach())} | figures
+
     def _streamed(
-        self, ratio: float, selection: SelectionName, shared: torch.Generator, own: torch.Generator
+        self, progress: float, ratio: float, selection: SelectionName, shared: torch.Generator, own: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
         streams = self.stage.streams
         layout = streams.layout(choose(streams.tau, shared), choose(streams.chunk, shared))
         count = count_nuggets([layout.chunk], ratio)[0]
-        with self._activations():
-            loss = stream_loss(self.model, self._draw(layout.length, own), layout, count, selection, own)
-        return loss, {"loss_stream": float(loss.detach())}
+        ids = self._draw(layout.length, own)
+        with self._activations(), self._heard() as heard:
+            loss, encoded = stream_loss(self.model, ids, layout, count, selection, own)
+            # only nuggets share out tokens over their heads
+            memory = encoded if self.stage.memory == "nuggets" else None
+            lookup, figures = self._lookup(progress, heard, ids, layout, memory, own)
+        return loss + lookup, {"loss_stream": float(loss.detach())} | figures
+
+    @contextmanager
+    def _heard(self) -> Iterator[list[Tensor]]:
+        """Within the block, collect what `lookup_loss` is about, if the stage wants it."""
+        if not self.stage.lookup:
+            yield []
+            return
+        with inputs_of(lookup_keys(self.model)) as heard:
+            yield heard
+
+    def _lookup(
+        self,
+        progress: float,
+        heard: list[Tensor],
+        ids: Tensor,
+        layout: Layout,
+        encoded: Encoded | None,
+        own: torch.Generator,
+    ) -> tuple[Tensor | float, dict[str, float]]:
+        """The weighted lookup loss of one reading, which falls to a fifth of its weight by the end of the run."""
+        if not heard:
+            return 0.0, {}
+        # the last call: before its first use, `rotation` tries the LM out
+        inputs = in_text_order(heard[-1], len(ids), layout) if layout.segments else heard[-1]
+        loss = lookup_loss(self.model, inputs, ids, layout, encoded, own)
+        return self.stage.lookup * (1 - 0.8 * progress) * loss, {"loss_lookup": float(loss.detach())}
 
     @contextmanager
     def _activations(self) -> Iterator[None]:

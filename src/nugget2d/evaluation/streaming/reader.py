@@ -13,22 +13,24 @@ from nugget2d.errors import InputError
 
 
 class Budget(Frozen):
-    """What a query may see, and what nuggets make of it: half of the states are nuggets, as published.
+    """What a query may see, and what nuggets make of it.
 
     Attributes:
         states: S, the most keys that a query attends to.
         chunk: c, tokens between two slides.
         ratio: tokens of a nugget.
+        share: the part of the states that are nuggets.
     """
 
     states: int
     chunk: int
     ratio: int
+    share: float
 
     @property
     def nuggets(self) -> int:
         """Nuggets that a query sees."""
-        return self.states // 2
+        return round(self.states * self.share)
 
     @property
     def each(self) -> int:
@@ -51,10 +53,11 @@ class Budget(Frozen):
         Raises:
             InputError: it is one of those; the message says which.
         """
-        if self.chunk % self.ratio or self.nuggets % max(1, self.each):
+        if self.chunk % self.ratio or not self.nuggets or self.nuggets % max(1, self.each):
             raise InputError(
-                f"{self.states} states in chunks of {self.chunk} tokens: at {self.ratio}x a chunk must be whole "
-                f"nuggets, and half of the states whole chunks of them; try --chunk {2 * self.ratio}"
+                f"{self.states} states, {self.nuggets} of them nuggets, in chunks of {self.chunk} tokens: at "
+                f"{self.ratio}x a chunk must be whole nuggets, and the nuggets whole chunks of them; try "
+                f"--chunk {2 * self.ratio} or another --share"
             )
         if self.tau < 1:
             raise InputError(f"{self.states} states leave no room for chunks of {self.chunk} tokens; ask for more")

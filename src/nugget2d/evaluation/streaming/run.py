@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from nugget2d.config import Frozen, NuggetConfig
 from nugget2d.errors import InputError
@@ -31,6 +32,7 @@ class LmSettings(Frozen):
         states: the columns.
         chunk: tokens between two slides, in all columns.
         ratio: tokens of a nugget.
+        share: the part of the states that are nuggets.
         tokens: to score of each corpus, at most, rounded up to whole blocks.
         block: scored tokens of a block.
         seed: of the bootstrap.
@@ -43,6 +45,7 @@ class LmSettings(Frozen):
     states: tuple[int, ...]
     chunk: int
     ratio: int = 10
+    share: float = Field(gt=0, lt=1)
     tokens: int
     block: int = 2048
     seed: int = 0
@@ -50,7 +53,7 @@ class LmSettings(Frozen):
     @property
     def budgets(self) -> list[Budget]:
         """One for each column."""
-        return [Budget(states=states, chunk=self.chunk, ratio=self.ratio) for states in self.states]
+        return [Budget(states=one, chunk=self.chunk, ratio=self.ratio, share=self.share) for one in self.states]
 
     @property
     def warm_up(self) -> int:

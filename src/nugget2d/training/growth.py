@@ -1,0 +1,198 @@
+"""A trained compressor gets one more layer, without positions, that looks tokens up.
+
+It stands behind the first layer, where a nugget's hidden state holds the tokens before it as the slots of the next
+layer (slots.py): each slot is a code of its token, and these codes are what the new layer matches and reads. In the
+encoder, head h gives slot h + 1 as its key and slot h as its value; in the decoder, the query is the code of the token
+being read, the key of a whole token the code of the token before it, the value the code of its own, each fitted by
+ridge regression from the hidden state. The encoder computes as before; the decoder nearly.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
+
+from nugget2d.errors import RecipeError
+from nugget2d.hidden import inputs_of
+from nugget2d.model import Nugget2D
+from nugget2d.slots import SlotLayout, final_norm, slot_layout
+from nugget2d.training.corpus import Pack
+
+PLACE = 1  # the new layer's number
+SCALE = 9.0  # norm of queries and keys: a match is worth some 10 nats of attention, other tokens are off by 2
+SAID = 1.0  # nats that the token behind a match gains at first
+RIDGE = 20.0
+WINDOWS, LENGTH = 256, 128  # of sample text, and as many of tokens drawn evenly
+SHARED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_act"),
+    *("max_position_embeddings", "initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id"),
+    *("rope_parameters", "attention_bias", "mlp_bias", "tie_word_embeddings"),
+)
+
+
+@torch.no_grad()
+def grow(model: Nugget2D, text: Pack) -> Nugget2D:
+    """`model` with a new layer in both copies; its base is then a SmolLM3, a Llama that need not rotate in all layers.
+
+    Args:
+        model: two copies of a Llama trained with the read-out loss.
+        text: to fit the new weights to.
+
+    Raises:
+        RecipeError: another kind of model.
+    """
+    if not isinstance(model.lm, LlamaForCausalLM) or not model.config.slots or not model.lm.config.attention_bias:
+        raise RecipeError("`grow` needs a Llama with attention biases whose nuggets have slots (`readout`)")
+    layout = slot_layout(model)
+    if layout.heads * layout.head_dim != model.lm.config.hidden_size or layout.layers[:1] != [PLACE]:
+        raise RecipeError("`grow` needs heads that share out the hidden size, and at least two layers")
+    grown = _with_room(model)
+    layers = slot_layout(grown)
+    encoder, decoder = layers.encoder[PLACE], layers.decoder[PLACE]
+    ids = text.spread(WINDOWS, LENGTH).to(model.device)
+    codes = _codes(model, layout, ids)
+    keys = [code.whitened(SCALE) for code in codes[1:]]  # of all heads but the last, which has no slot to its left
+    _grow_encoder(encoder, layout.encoder[PLACE], codes, keys)
+    _grow_decoder(grown, decoder, layout, ids, codes, keys)
+    return grown.eval()
+
+
+def _with_room(model: Nugget2D) -> Nugget2D:
+    """The same weights, and a new layer that adds nothing."""
+    old = model.lm.config
+    count = old.num_hidden_layers + 1
+    config = SmolLM3Config(
+        **{name: getattr(old, name) for name in SHARED},
+        num_hidden_layers=count,
+        no_rope_layers=[int(number != PLACE) for number in range(count)],
+    )
+    lm = SmolLM3ForCausalLM(config)
+    nn.Module.to(lm, model.device, model.lm.dtype)
+    lm.set_attn_implementation(model.lm.config._attn_implementation)
+    grown = type(model)(lm, model.tokenizer, model.config).to(model.device)
+    missing = grown.load_state_dict({_moved(name): one for name, one in model.state_dict().items()}, strict=False)
+    layout = slot_layout(grown)
+    for layer in (layout.encoder[PLACE], layout.decoder[PLACE]):
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+    if missing.unexpected_keys or any(f".layers.{PLACE}." not in name for name in missing.missing_keys):
+        raise RecipeError(f"`grow` found weights that it does not know: {missing.unexpected_keys[:3]}")
+    return grown
+
+
+def _moved(name: str) -> str:
+    """The name of a weight once there is a layer number `PLACE` more."""
+
+    def number(found: re.Match[str]) -> str:
+        index = int(found[1])
+        return f".layers.{index + (index >= PLACE)}."
+
+    return re.sub(r"\.layers\.(\d+)\.", number, name)
+
+
+@dataclass(frozen=True)
+class _Code:
+    """What a slot holds for each token: table (V, head_dim), centred; `mean` is what was taken off."""
+
+    table: Tensor
+    mean: Tensor
+    spread: Tensor  # covariance over the sample
+
+    def whitened(self, scale: float) -> tuple[Tensor, Tensor]:
+        """(head_dim, head_dim) that makes its dimensions alike, and the table so, of mean norm `scale`."""
+        inverse = torch.linalg.inv(torch.linalg.cholesky(self.spread)).T
+        table = self.table @ inverse
+        factor = scale / table.norm(dim=1).mean()
+        return inverse * factor, table * factor
+
+
+def _codes(model: Nugget2D, layout: SlotLayout, ids: Tensor) -> list[_Code]:
+    """The codes of the slots of layer `PLACE`, as linear functions of embeddings."""
+    vocabulary = torch.arange(len(model.tokenizer), device=ids.device)
+    generator = torch.Generator().manual_seed(0)
+    even = torch.randint(len(vocabulary), ids.shape, generator=generator).to(ids.device)  # rare tokens too
+    texts = torch.cat([ids, even])
+    batch, length = texts.shape
+    encoded = model.encode(texts, [length] * batch, [length // layout.heads] * batch, selection="even")
+    embeddings = _with_one(layout.encoder[0].input_layernorm(model.embed(vocabulary)))
+    codes = []
+    for head, values in enumerate(encoded.nuggets.values[PLACE].unbind(1)):
+        inside = encoded.index >= head
+        tokens = texts.gather(1, (encoded.index - head).clamp(min=0))[inside]
+        table = embeddings @ _ridge(embeddings[tokens], values[inside].double())
+        mean = table[tokens].mean(0)
+        off = values[inside].double() - mean
+        codes.append(_Code(table - mean, mean, off.T @ off / len(off)))
+    return codes
+
+
+def _grow_encoder(new: Any, old: Any, codes: list[_Code], keys: list[tuple[Tensor, Tensor]]) -> None:
+    new.input_layernorm.load_state_dict(old.input_layernorm.state_dict())
+    weights, bias = _by_head(old.self_attn.v_proj, len(codes))
+    means = torch.stack([code.mean for code in codes])
+    _set_heads(new.self_attn.v_proj, list(weights), list(bias - means))
+    turned = [
+        (whiten.T @ weight, whiten.T @ (shift - mean))
+        for (whiten, _), weight, shift, mean in zip(keys, weights[1:], bias[1:], means[1:], strict=True)
+    ]
+    _set_heads(new.self_attn.k_proj, *map(list, zip(*turned, strict=True)))
+
+
+def _grow_decoder(
+    model: Nugget2D,
+    new: Any,
+    layout: SlotLayout,
+    ids: Tensor,
+    codes: list[_Code],
+    keys: list[tuple[Tensor, Tensor]],
+) -> None:
+    final: Any = final_norm(model.lm)
+    with inputs_of(new.self_attn.k_proj) as read, inputs_of(final) as last:
+        model.decode(None, ids, prompt=None)
+    states = _with_one(read[0][:, 1:].flatten(0, 1))
+    own, before = ids[:, 1:].flatten(), ids[:, :-1].flatten()
+    # whole tokens are read by all heads, a token of a nugget by one
+    parts = {
+        new.self_attn.q_proj: [table[own] for _, table in keys],
+        new.self_attn.k_proj: [table[before] for _, table in keys],
+        new.self_attn.v_proj: [code.table[own] / layout.heads for code in codes],
+    }
+    for projection, wanted in parts.items():
+        fitted = [_ridge(states, one) for one in wanted]
+        _set_heads(projection, [one[:-1].T for one in fitted], [one[-1] for one in fitted])
+    # as loud as the next layer reads the same slots, but for one factor that makes a match worth `SAID`
+    old = layout.decoder[PLACE].self_attn.o_proj.weight
+    tables = torch.stack([code.table[own] for code in codes]).to(old.dtype)
+    written = layout.written(PLACE, tables).mean(0) * final.weight  # (tokens, d)
+    embeddings = model.embed(own)
+    scale = last[0].square().mean(-1).sqrt().mean()
+    said = (written / scale * (embeddings - embeddings.mean(0))).sum(-1).mean()
+    new.self_attn.o_proj.weight.copy_(old * (SAID / said))
+
+
+def _by_head(projection: nn.Linear, heads: int) -> tuple[Tensor, Tensor]:
+    """(heads, head_dim, d) and (heads, head_dim), in double precision."""
+    return projection.weight.double().unflatten(0, (heads, -1)), projection.bias.double().unflatten(0, (heads, -1))
+
+
+def _set_heads(projection: nn.Linear, weights: list[Tensor], biases: list[Tensor]) -> None:
+    """Set the first heads; those that are left find nothing."""
+    weight, bias = torch.cat(weights), torch.cat(biases)
+    projection.weight.zero_()
+    projection.bias.zero_()
+    projection.weight[: len(weight)] = weight.to(projection.weight.dtype)
+    projection.bias[: len(bias)] = bias.to(projection.bias.dtype)
+
+
+def _with_one(states: Tensor) -> Tensor:
+    """(n, d) -> (n, d + 1), in double precision."""
+    return torch.cat([states, torch.ones_like(states[:, :1])], dim=1).double()
+
+
+def _ridge(inputs: Tensor, wanted: Tensor) -> Tensor:
+    """(d, c) weights that make (n, c) of (n, d)."""
+    square = inputs.T @ inputs
+    return torch.linalg.solve(square + RIDGE * torch.eye(len(square), dtype=square.dtype), inputs.T @ wanted)

@@ -1,0 +1,239 @@
+"""The layer that looks tokens up: how it is grown onto a trained compressor, and the loss that teaches it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+import tiny
+from nugget2d import Nugget2D
+from nugget2d.baselines.pooled import PooledMemory
+from nugget2d.cache import KeyRotation
+from nugget2d.errors import ModelError, RecipeError
+from nugget2d.hidden import inputs_of
+from nugget2d.network import Encoded
+from nugget2d.reading import join_rows
+from nugget2d.slots import slot_layout, unrotated_layers
+from nugget2d.spelling import spelled
+from nugget2d.streaming.layout import Layout
+from nugget2d.streaming.parallel import in_text_order, mixed_logits
+from nugget2d.training.corpus import Pack
+from nugget2d.training.growth import PLACE, grow
+from nugget2d.training.lookup import lookup_keys, lookup_loss
+from nugget2d.training.run import train
+from test_training import losses, small_recipe
+
+SLOTTED = {"num_key_value_heads": 4, "attention_bias": True, "num_hidden_layers": 3}
+LAYOUT = Layout(tau=8, chunk=6, views=4)
+
+
+def compressor(**changes: object) -> Nugget2D:
+    """Two copies of a Llama whose heads can be told apart, their weights apart as after training."""
+    lm = tiny.lm("llama", **(SLOTTED | changes))
+    torch.manual_seed(1)
+    model = Nugget2D.from_base(lm, tiny.tokenizer(), adapters="copies", scorer_layer=1, slots=True, window=128)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    """Random tokens."""
+    path = tmp_path_factory.mktemp("pack") / "train.bin"
+    (path.parent / "done").write_text("uint16")
+    ids = torch.randint(1, len(tiny.tokenizer()), (4096,), generator=torch.Generator().manual_seed(0))
+    path.write_bytes(ids.numpy().astype(np.uint16).tobytes())
+    return Pack(path)
+
+
+@pytest.fixture(scope="module")
+def before() -> Nugget2D:
+    return compressor()
+
+
+@pytest.fixture(scope="module")
+def after(before: Nugget2D, pack: Pack) -> Nugget2D:
+    return grow(before, pack)
+
+
+# ---- growing ----
+
+
+@torch.no_grad()
+def test_the_encoder_computes_as_before(before: Nugget2D, after: Nugget2D) -> None:
+    ids = tiny.random_ids(2, 24)
+    old, new = (model.encode(ids, [24, 24], [4, 4], selection="even").nuggets for model in (before, after))
+    kept = [number for number in range(4) if number != PLACE]
+    for number, layer in zip(kept, range(3), strict=True):
+        assert torch.allclose(new.keys[number], old.keys[layer], atol=1e-5)
+        assert torch.allclose(new.values[number], old.values[layer], atol=1e-5)
+    # the new values are the slots that stood there, centred
+    shift = new.values[PLACE] - old.values[PLACE]
+    assert torch.allclose(shift, shift[:1, :, :1].expand_as(shift), atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_key_says_what_the_next_slot_says(before: Nugget2D, after: Nugget2D) -> None:
+    ids = tiny.random_ids(64, 24)
+    nuggets = after.encode(ids, [24] * 64, [6] * 64, selection="even").nuggets
+    keys, values = (states[PLACE].transpose(0, 1).flatten(1, 2).double() for states in (nuggets.keys, nuggets.values))
+    for head in range(3):
+        slot = torch.cat([values[head + 1], torch.ones_like(values[0, :, :1])], dim=1)
+        assert torch.allclose(slot @ torch.linalg.lstsq(slot, keys[head]).solution, keys[head], atol=1e-3)
+    assert not keys[3].any()  # there is no slot to the left of the last
+    assert keys[:3].norm(dim=-1).mean() > 1
+
+
+@torch.no_grad()
+def test_the_decoder_is_that_of_before_but_for_what_the_new_layer_says(before: Nugget2D, after: Nugget2D) -> None:
+    ids = tiny.random_ids(2, 24)
+    projection = slot_layout(after).decoder[PLACE].self_attn.o_proj
+    kept, old = projection.weight.clone(), before.decode(None, ids, prompt=None)
+    assert not torch.allclose(after.decode(None, ids, prompt=None), old, atol=1e-3)
+    try:
+        projection.weight.zero_()
+        assert torch.allclose(after.decode(None, ids, prompt=None), old, atol=1e-4)
+    finally:
+        projection.weight.copy_(kept)
+
+
+def test_growing_keeps_what_reads_slots_and_moves_keys(before: Nugget2D, after: Nugget2D) -> None:
+    assert unrotated_layers(after.lm) == [PLACE] and unrotated_layers(before.lm) == []
+    assert slot_layout(after).layers == [2, 3]
+    memory = after.compress(tiny.TEXT, ratio=4)
+    for old, new in zip(spelled(before, before.compress(tiny.TEXT, ratio=4)), spelled(after, memory), strict=True):
+        # of the decoder's own projections, which are those of before
+        assert torch.equal(old, new)
+    rotation = KeyRotation(after.parameters_by_role.body, 4)
+    keys = [torch.randn(1, 4, 3, 8) for _ in range(4)]
+    moved = rotation(keys, torch.full((1, 3), 5))
+    assert [torch.equal(one, other) for one, other in zip(keys, moved, strict=True)] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("changes", [{"attention_bias": False}, {"num_key_value_heads": 2}, {"num_hidden_layers": 1}])
+def test_what_cannot_grow(changes: dict[str, object], pack: Pack) -> None:
+    with pytest.raises((RecipeError, ModelError), match=r"`grow`|slots"):
+        grow(compressor(**changes), pack)
+
+
+def test_nothing_grows_twice(after: Nugget2D, pack: Pack) -> None:
+    with pytest.raises(RecipeError, match="`grow` needs a Llama"):
+        grow(after, pack)
+
+
+# ---- the loss ----
+
+
+def by_hand(model: Nugget2D, ids: Tensor, layout: Layout, inputs: Tensor, encoded: Encoded | None) -> float:
+    """The loss, key by key."""
+    attention = slot_layout(model).decoder[PLACE].self_attn
+    width, heads = attention.head_dim, len(attention.q_proj.bias) // attention.head_dim
+    queries, keys = (p(inputs).unflatten(-1, (heads, width)) for p in (attention.q_proj, attention.k_proj))
+    sums: tuple[list[float], list[float]] = ([], [])
+    for row, text in enumerate(ids.tolist()):
+        for t, token in enumerate(text):
+            view = max(0, (t - layout.tau) // layout.chunk)
+            for head in range(heads):
+                score = lambda key: float(queries[row, t, head] @ key) / width**0.5  # noqa: B023, E731
+                whole, held, others = [], [], []
+                for j in range(view * layout.chunk, t + 1):
+                    place = whole if j and text[j - 1] == token else others
+                    place.append(score(keys[row, j, head]))
+                for segment in range(view if encoded else 0):
+                    number = row * layout.segments + segment
+                    ends = encoded.index[number].tolist()
+                    for one, (end, last) in enumerate(zip(ends, [-1, *ends], strict=False)):
+                        key = score(encoded.nuggets.keys[PLACE][number, head, one])
+                        known = head < end - last and end - head - 1 >= 0
+                        answers = known and text[segment * layout.chunk + end - head - 1] == token
+                        (held if answers else others).append(key)
+                for right, found in ((whole, sums[0]), (held, sums[1])):
+                    if right:
+                        total = torch.tensor(right + others).logsumexp(0) - torch.tensor(right).logsumexp(0)
+                        found.append(float(total))
+    return sum(sum(found) / len(found) for found in (sums if encoded else sums[:1])) / (2 if encoded else 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["chunked", "dense"])
+def test_the_loss_of_a_stream(after: Nugget2D, way: str) -> None:
+    ids = tiny.random_ids(2, LAYOUT.length) % 9 + 1  # few kinds of tokens: matches near and far
+    rows = ids[:, : LAYOUT.segments * LAYOUT.chunk].reshape(-1, LAYOUT.chunk)
+    encoded = after.encode(rows, [LAYOUT.chunk] * 6, [2] * 6, selection="random")
+    nuggets = join_rows(after, encoded.nuggets, 2, LAYOUT.segments, LAYOUT.chunk)
+    with inputs_of(lookup_keys(after)) as heard:
+        mixed_logits(after, nuggets, ids, LAYOUT, way)
+    inputs = in_text_order(heard[-1], 2, LAYOUT)
+    loss = lookup_loss(after, inputs, ids, LAYOUT, encoded, torch.Generator())
+    assert float(loss) == pytest.approx(by_hand(after, ids, LAYOUT, inputs, encoded), rel=1e-4)
+
+
+@torch.no_grad()
+def test_the_loss_of_a_text(after: Nugget2D) -> None:
+    ids = tiny.random_ids(2, 20) % 9 + 1
+    layout = Layout(tau=0, chunk=20, views=1)
+    with inputs_of(lookup_keys(after)) as heard:
+        after.decode(None, ids, prompt=None)
+    loss = lookup_loss(after, heard[-1], ids, layout, None, torch.Generator())
+    assert float(loss) == pytest.approx(by_hand(after, ids, layout, heard[-1], None), rel=1e-4)
+    alone = torch.arange(1, 21)[None]
+    assert float(lookup_loss(after, heard[-1][:1], alone, layout, None, torch.Generator())) == 0  # nothing to find
+
+
+def test_a_model_without_such_a_layer(before: Nugget2D) -> None:
+    with pytest.raises(ModelError, match="set `grow: true`"):
+        lookup_keys(before)
+
+
+# ---- runs ----
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a recipe that was run."""
+    path = small_recipe(tmp_path_factory.mktemp("trained"))
+    train(path)
+    return path.parent
+
+
+@pytest.mark.parametrize("memory", ["nuggets", "pooled"])
+def test_a_run_that_grows_and_looks_up(trained: Path, memory: str) -> None:
+    content = yaml.safe_load((trained / "tiny.yaml").read_text())
+    for key in ("tokenizer", "model", "pretrain"):
+        del content[key]
+    del content["compress"]["addressing"]
+    if memory == "pooled":
+        del content["compress"]["readout"]
+    phase = {"objectives": {"stream": 1, "lm": 1}, "windows": {32: 1}, "segments": 3}
+    content["compress"] |= {
+        "init": "run/model", "grow": True, "lookup": 1.0, "phases": [phase], "memory": memory,
+        "streams": {"tau": {8: 1}, "chunk": {8: 1}, "context": 64}, "tokens": 7680,
+    }  # fmt: skip
+    path = trained / f"{memory}.yaml"
+    path.write_text(yaml.safe_dump(content | {"out": memory}))
+    out = train(path)
+    records = [line for line in (out / "compress" / "log.jsonl").read_text().splitlines() if "loss_lookup" in line]
+    found = losses(out / "compress" / "log.jsonl")
+    assert len(records) == len(found) == 30
+    lookup = [yaml.safe_load(line)["loss_lookup"] for line in records]
+    assert sum(lookup[-5:]) < 0.9 * sum(lookup[:5])
+    kind = {"nuggets": Nugget2D, "pooled": PooledMemory}[memory]
+    model = kind.from_pretrained(out / "model")
+    assert model.lm.config.model_type == "smollm3"
+    stream = model.stream(8, 4, chunk=8)
+    stream.append(tiny.TEXT)
+    assert "".join(stream.generate(max_new_tokens=4))
+
+
+def test_growing_needs_something_trained(tmp_path: Path) -> None:
+    path = small_recipe(tmp_path)
+    content = yaml.safe_load(path.read_text())
+    content["compress"]["grow"] = True
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(RecipeError, match="give `init`"):
+        train(path)
