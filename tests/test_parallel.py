@@ -42,6 +42,8 @@ def recipes(folder: Path) -> Callable[..., Path]:
     def write(name: str, parallel: str, steps: int, without: tuple[str, ...] = (), **compress: object) -> Path:
         changed = content | {"parallel": parallel}
         changed["compress"] = content["compress"] | {"tokens": 256 * steps} | compress
+        if "init" in compress:
+            del changed["compress"]["addressing"]  # it brings its own
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump({key: value for key, value in changed.items() if key not in without}))
         return path
@@ -68,12 +70,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }  # fmt: skip
         lora = write("lora", "fsdp", STEPS, scratch, **options)
         train(lora, out=folder / "lora-one")
+        options = {
+            "init": "one/model", "grow": True, "lookup": 0.5,
+            "phases": [PHASE | {"objectives": {"stream": 1, "lm": 1}}],
+            "streams": {"tau": {8: 1}, "chunk": {8: 1}, "context": 16},
+        }  # fmt: skip
+        grown = write("grown", "fsdp", HALF, scratch, **options)
+        train(grown, out=folder / "grown-one")
         for name in ("one-ddp", "one-fsdp"):
             shutil.copytree(folder / "half", folder / name)
         torchrun(
             f"{short}:{folder / 'fsdp-ddp'}", f"{ddp}:{folder / 'ddp'}", f"{fsdp}:{folder / 'fsdp'}",
             f"{ddp}:{folder / 'one-ddp'}", f"{fsdp}:{folder / 'one-fsdp'}", f"{short}:{folder / 'fsdp-one'}",
-            f"{ddp}:{folder / 'fsdp-ddp'}", f"{lora}:{folder / 'lora-fsdp'}",
+            f"{ddp}:{folder / 'fsdp-ddp'}", f"{lora}:{folder / 'lora-fsdp'}", f"{grown}:{folder / 'grown-fsdp'}",
         )  # fmt: skip
         train(ddp, out=folder / "fsdp-one")
     return folder
@@ -120,6 +129,12 @@ def test_adapters_of_a_frozen_base_are_sharded_and_recomputed(runs: Path) -> Non
     base = load_file(runs / "one" / "base" / "model.safetensors")
     after = load_file(runs / "lora-fsdp" / "model" / "base" / "model.safetensors")
     assert all(torch.equal(after[name], tensor.bfloat16()) for name, tensor in base.items())
+
+
+def test_a_layer_that_looks_up_is_sharded(runs: Path) -> None:
+    logs = [(runs / run / "compress" / "log.jsonl").read_text().splitlines() for run in ("grown-one", "grown-fsdp")]
+    one, two = ([json.loads(line)["loss_lookup"] for line in log] for log in logs)
+    assert len(one) == HALF and two == pytest.approx(one, abs=1e-4)
 
 
 def test_micro_batches_that_cannot_be_shared_out_are_refused(tmp_path: Path) -> None:
