@@ -63,25 +63,20 @@ def lookup_loss(
     picked = torch.randperm(ids.shape[1], generator=generator)[:QUERIES].to(device)
     queries = attention.q_proj(inputs[:, picked]).unflatten(-1, (-1, width)).transpose(1, 2)
     keys = attention.k_proj(inputs).unflatten(-1, (-1, width)).transpose(1, 2)
-    asked = ids[:, None, picked, None]  # (B, 1, q, 1)
+    # (B, heads, keys) the token that each key answers to
+    answers = F.pad(ids[:, :-1], (1, 0), value=-1)[:, None].expand(-1, queries.shape[1], -1)
     places, seen = layout.tokens(device)
-    # (B, heads, q, keys) whether a key answers, first of whole tokens
-    found = [(F.pad(ids[:, :-1], (1, 0), value=-1)[:, None, None] == asked).expand(-1, queries.shape[1], -1, -1)]
     if encoded is not None:
         held = encoded.nuggets.keys[lookup_layer(model)].unflatten(0, (len(ids), -1)).transpose(1, 2).flatten(2, 3)
         keys = torch.cat([keys, held.to(keys.dtype)], dim=2)
-        found.append(_answers(encoded, ids, layout, queries.shape[1])[:, :, None] == asked)
+        answers = torch.cat([answers, _answers(encoded, ids, layout, queries.shape[1])], dim=2)
         seen = joined([seen, layout.nuggets(encoded.index.shape[1], device)])
     visible = seen.seen_by(Queries(*(field[picked, None] for field in places)))  # (q, keys)
+    match = (answers[:, :, None] == ids[:, None, picked, None]) & visible
     logits = (queries @ keys.transpose(2, 3)).float() / width**0.5
-    matches = [torch.zeros_like(logits, dtype=torch.bool) for _ in found]
-    start = 0
-    for match, where in zip(matches, found, strict=True):
-        match[..., start : start + where.shape[-1]] = where
-        match &= visible
-        start += where.shape[-1]
-    others = visible & ~torch.stack(matches).any(0)
-    return torch.stack([_missed(logits, match, others) for match in matches]).mean()
+    whole = torch.arange(keys.shape[2], device=device) < ids.shape[1]
+    kinds = [whole] if encoded is None else [whole, ~whole]
+    return torch.stack([_missed(logits, match & kind, visible & ~match) for kind in kinds]).mean()
 
 
 def _answers(encoded: Encoded, ids: Tensor, layout: Layout, heads: int) -> Tensor:
@@ -100,10 +95,12 @@ def _answers(encoded: Encoded, ids: Tensor, layout: Layout, heads: int) -> Tenso
 
 
 def _missed(logits: Tensor, match: Tensor, others: Tensor) -> Tensor:
-    """Mean of minus the log of the share of `match` beside `others`, over rows that have a match; 0 if none has."""
+    """Mean of minus the log of the share of `match` beside `others`, over rows that have a match; 0 if none has.
+
+    All (B, heads, queries, keys).
+    """
     lowest = torch.finfo(logits.dtype).min
     has = match.any(-1)
-    logits, match = logits[has], match[has]
-    hit = logits.masked_fill(~match, lowest).logsumexp(-1)
-    all_ = logits.masked_fill(~(match | others.expand(has.shape + others.shape[-1:])[has]), lowest).logsumexp(-1)
-    return (all_ - hit).sum() / max(1, len(logits))
+    logits, match, others = logits[has], match[has], others[has]
+    hit, total = (logits.masked_fill(~keys, lowest).logsumexp(-1) for keys in (match, match | others))
+    return (total - hit).sum() / max(1, len(logits))

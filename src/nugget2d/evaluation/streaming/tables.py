@@ -13,8 +13,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"Model `{settings['config']['name']}` (weights {settings['weights'][:12]}), nuggets chosen by "
         f"`{settings['config']['selection']}` unless said otherwise, {settings['ratio']}x. No query attends to more "
         "keys than the column says, its own, a head and sinks among them; all methods slide by "
-        f"{settings['chunk']} tokens. Of the states of Nugget2D and of pooled memories {100 * settings['share']:.3g} % are "
-        "memory. `full, equal text` has no such limit: the base LM over as many tokens as nuggets and whole tokens "
+        f"{settings['chunk']} tokens. Of the states of Nugget2D and of pooled memories {100 * settings['share']:.3g} % "
+        "are memory. `full, equal text` has no such limit: the base LM over as many tokens as nuggets and whole tokens "
         "stand for, or a few more.",
         "Perplexity per token / per word: the same nats, divided by words between whitespace (line ends are not "
         "words). In brackets: by how many per cent the perplexity per token is above that of `nugget2d`, with the "
