@@ -90,7 +90,7 @@ def lm(
     chunk: Annotated[int, typer.Option("--chunk", min=1, help="Tokens between two slides, of all methods.")] = 20,
     share: Annotated[
         float, typer.Option("--share", min=0.01, max=0.99, help="The part of the states that are nuggets.")
-    ] = 0.125,
+    ] = 0.1875,
     tokens: Annotated[
         int, typer.Option("--tokens", min=1, help="Tokens scored of each corpus, in whole blocks.")
     ] = 100_000,
