@@ -67,7 +67,7 @@ def mixed_logits(
 
 
 def parted(states: Tensor, batch: int, layout: Layout) -> tuple[Tensor, Tensor]:
-    """(rows, inputs, d) of any module of the LM in `mixed_logits` -> (batch, views, d) heads and (batch, n, d) tokens."""
+    """(rows, inputs, d) of any module in `mixed_logits` -> (batch, views, d) of heads and (batch, n, d) of tokens."""
     if len(states) == batch:  # in one row
         return states[:, : layout.views], states[:, layout.views :]
     rows = _Rows(layout)
