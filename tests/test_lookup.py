@@ -1,5 +1,6 @@
 """The layer that looks tokens up: how it is grown onto a trained compressor, and the loss that teaches it."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ from nugget2d.streaming.parallel import mixed_logits, parted
 from nugget2d.training.corpus import Pack
 from nugget2d.training.growth import PLACE, grow
 from nugget2d.training.lookup import lookup_keys, lookup_loss
+from nugget2d.training.recipe import CompressStage
 from nugget2d.training.run import train
+from nugget2d.training.tasks import CompressTask
 from test_training import losses, small_recipe
 
 SLOTTED = {"num_key_value_heads": 4, "attention_bias": True, "num_hidden_layers": 3}
@@ -197,6 +200,26 @@ def test_a_model_without_such_a_layer(before: Nugget2D) -> None:
 
 
 # ---- runs ----
+
+
+@pytest.mark.parametrize("objective", ["lm", "stream"])
+def test_recomputed_activations_change_nothing(after: Nugget2D, pack: Pack, objective: str) -> None:
+    found = []
+    for recomputed in (False, True):
+        phase = {"objectives": {objective: 1}, "windows": {32: 1}}
+        stage = CompressStage(
+            tokens=64, batch_tokens=128, optim={"lr": 1e-3}, phases=[phase], init="before", lookup=1.0,
+            streams={"tau": {8: 1}, "chunk": {8: 1}, "context": 32}, checkpoint_activations=recomputed,
+        )  # fmt: skip
+        model = copy.deepcopy(after)
+        generator = torch.Generator().manual_seed(3)
+        loss, figures = CompressTask(model, stage, pack, pack).loss(0.0, generator, generator)
+        loss.backward()
+        assert figures.keys() == {f"loss_{objective}", "loss_lookup"}
+        assert float(loss.detach()) == pytest.approx(sum(figures.values()), rel=1e-5)
+        found.append({name: one.grad for name, one in model.named_parameters() if one.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 @pytest.fixture(scope="module")
