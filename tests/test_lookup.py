@@ -20,7 +20,7 @@ from nugget2d.reading import join_rows
 from nugget2d.slots import slot_layout, unrotated_layers
 from nugget2d.spelling import spelled
 from nugget2d.streaming.layout import Layout
-from nugget2d.streaming.parallel import mixed_logits, parted
+from nugget2d.streaming.parallel import in_text_order, mixed_logits
 from nugget2d.training.corpus import Pack
 from nugget2d.training.growth import PLACE, grow
 from nugget2d.training.lookup import lookup_keys, lookup_loss
@@ -136,10 +136,8 @@ def by_hand(model: Nugget2D, ids: Tensor, layout: Layout, inputs: Tensor, encode
     """The loss, key by key."""
     attention = slot_layout(model).decoder[PLACE].self_attn
     width, heads = attention.head_dim, len(attention.q_proj.bias) // attention.head_dim
-    views, tokens = parted(inputs, len(ids), layout) if encoded else (None, inputs)
-    split = lambda states: states.unflatten(-1, (heads, width))  # noqa: E731
-    queries, keys = split(attention.q_proj(tokens)), split(attention.k_proj(tokens))
-    found: dict[str, list[float]] = {}
+    queries, keys = (p(inputs).unflatten(-1, (heads, width)) for p in (attention.q_proj, attention.k_proj))
+    sums: tuple[list[float], list[float]] = ([], [])
     for row, text in enumerate(ids.tolist()):
         for t, token in enumerate(text):
             view = max(0, (t - layout.tau) // layout.chunk)
@@ -157,16 +155,11 @@ def by_hand(model: Nugget2D, ids: Tensor, layout: Layout, inputs: Tensor, encode
                         known = head < end - last and end - head - 1 >= 0
                         answers = known and text[segment * layout.chunk + end - head - 1] == token
                         (held if answers else others).append(key)
-                silence = [] if views is None else [score(split(attention.k_proj(views))[row, view, head])]
-                kinds = {"whole": (whole, others + silence), "held": (held, others + silence)}
-                if not whole and not held:
-                    kinds = {"silence": (silence, others)}
-                for kind, (right, wrong) in kinds.items():
+                for right, found in ((whole, sums[0]), (held, sums[1])):
                     if right:
-                        total = torch.tensor(right + wrong).logsumexp(0) - torch.tensor(right).logsumexp(0)
-                        found.setdefault(kind, []).append(float(total))
-    assert len(found) == (3 if encoded else 1)
-    return sum(sum(one) / len(one) for one in found.values()) / len(found)
+                        total = torch.tensor(right + others).logsumexp(0) - torch.tensor(right).logsumexp(0)
+                        found.append(float(total))
+    return sum(sum(found) / len(found) for found in (sums if encoded else sums[:1])) / (2 if encoded else 1)
 
 
 @torch.no_grad()
@@ -178,8 +171,9 @@ def test_the_loss_of_a_stream(after: Nugget2D, way: str) -> None:
     nuggets = join_rows(after, encoded.nuggets, 2, LAYOUT.segments, LAYOUT.chunk)
     with inputs_of(lookup_keys(after)) as heard:
         mixed_logits(after, nuggets, ids, LAYOUT, way)
-    loss = lookup_loss(after, heard[-1], ids, LAYOUT, encoded, torch.Generator())
-    assert float(loss) == pytest.approx(by_hand(after, ids, LAYOUT, heard[-1], encoded), rel=1e-4)
+    inputs = in_text_order(heard[-1], 2, LAYOUT)
+    loss = lookup_loss(after, inputs, ids, LAYOUT, encoded, torch.Generator())
+    assert float(loss) == pytest.approx(by_hand(after, ids, LAYOUT, inputs, encoded), rel=1e-4)
 
 
 @torch.no_grad()

@@ -66,13 +66,12 @@ def mixed_logits(
     return _in_one_row(model, nuggets, ids, layout, way, role)
 
 
-def parted(states: Tensor, batch: int, layout: Layout) -> tuple[Tensor, Tensor]:
-    """(rows, inputs, d) of any module in `mixed_logits` -> (batch, views, d) of heads and (batch, n, d) of tokens."""
+def in_text_order(states: Tensor, batch: int, layout: Layout) -> Tensor:
+    """(rows, inputs, d) of any module of the LM in `mixed_logits` -> (batch, n, d): its tokens, without heads."""
     if len(states) == batch:  # in one row
-        return states[:, : layout.views], states[:, layout.views :]
+        return states[:, layout.views :]
     rows = _Rows(layout)
-    states = states.unflatten(0, (batch, rows.count))
-    return states[:, rows.lead :, 0], states[:, :, 1:].flatten(1, 2)[:, rows.padding :]
+    return states[:, 1:].unflatten(0, (batch, rows.count)).flatten(1, 2)[:, rows.padding :]
 
 
 # ---- one row: [heads | tokens] ----
@@ -80,7 +79,7 @@ def parted(states: Tensor, batch: int, layout: Layout) -> tuple[Tensor, Tensor]:
 
 def _in_one_row(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layout, way: Way, role: Role) -> Tensor:
     device = ids.device
-    heads, head_keys = head_places(model, layout, role)
+    heads, head_keys = _head_places(model, layout, role)
     tokens, token_keys = layout.tokens(device)
     queries = Queries(*(torch.cat(fields) for fields in zip(heads, tokens, strict=True)))
     keys = joined([*_nugget_keys(nuggets, layout, device), head_keys, token_keys])
@@ -95,7 +94,7 @@ def _in_one_row(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: La
         else:
             with _attending(lm, "flex_attention"):
                 logits = _logits(lm, embeds, positions[None], cache, _block_mask(queries, keys))
-    return parted(logits, len(ids), layout)[1]
+    return in_text_order(logits, len(ids), layout)
 
 
 def _block_mask(queries: Queries, keys: Keys) -> BlockMask:
@@ -121,7 +120,7 @@ def _attending(lm: PreTrainedModel, name: str) -> Iterator[None]:
 def _by_rows(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layout, role: Role) -> Tensor:
     batch, device = len(ids), ids.device
     rows = _Rows(layout)
-    head_keys = head_places(model, layout, role)[1]
+    head_keys = _head_places(model, layout, role)[1]
     token_keys = layout.tokens(device)[1]
     view = rows.views(device)  # (C,)
     own = rows.split(token_keys.order, 0)  # (C, chunk); the padding looks from before the first token
@@ -149,7 +148,7 @@ def _by_rows(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layou
     with model.parameters_by_role.role(role) as lm:
         additive = _additive(mask, bias, batch, embeds)
         logits = _logits(lm, embeds.flatten(0, 1), positions, cache, additive)
-    return parted(logits, batch, layout)[1]
+    return in_text_order(logits, batch, layout)
 
 
 class _Rows:
@@ -223,8 +222,7 @@ def _heads(model: Network, layout: Layout) -> Tensor:
     return torch.cat([start, prompts], dim=1)
 
 
-def head_places(model: Network, layout: Layout, role: Role = "decoder") -> tuple[Queries, Keys]:
-    """Where the heads look from, and who sees them; see `Layout.heads`."""
+def _head_places(model: Network, layout: Layout, role: Role) -> tuple[Queries, Keys]:
     decodes = role == "decoder"
     return layout.heads(model.device, start=decodes and model.start_token is not None, prompts=decodes)
 
