@@ -1,6 +1,7 @@
 """The layer that looks tokens up: how it is grown onto a trained compressor, and the loss that teaches it."""
 
 import copy
+import re
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,16 @@ def test_growing_keeps_what_reads_slots_and_moves_keys(before: Nugget2D, after: 
     keys = [torch.randn(1, 4, 3, 8) for _ in range(4)]
     moved = rotation(keys, torch.full((1, 3), 5))
     assert [torch.equal(one, other) for one, other in zip(keys, moved, strict=True)] == [False, True, False, False]
+
+
+def test_pooled_memories_grow_the_same_layer(before: Nugget2D, after: Nugget2D, pack: Pack) -> None:
+    pooled = PooledMemory(copy.deepcopy(before.lm), before.tokenizer, before.config)
+    pooled.load_state_dict(before.state_dict())
+    fitted = re.compile(r"(lm\.model|encoder)\.layers\.1\.self_attn\.[qkv]_proj")
+    unread = "encoder.layers.1.self_attn.q_proj"  # random: the encoder's queries say nothing here
+    expected = {name: one for name, one in after.state_dict().items() if fitted.search(name) and unread not in name}
+    grown = grow(pooled, pack).state_dict()
+    assert len(expected) == 10 and all(torch.equal(grown[name], one) for name, one in expected.items())
 
 
 @pytest.mark.parametrize("changes", [{"attention_bias": False}, {"num_key_value_heads": 2}, {"num_hidden_layers": 1}])

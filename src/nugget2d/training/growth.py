@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 from nugget2d.errors import RecipeError
 from nugget2d.hidden import inputs_of
 from nugget2d.model import Nugget2D
+from nugget2d.network import Network
 from nugget2d.slots import SlotLayout, final_norm, slot_layout
 from nugget2d.training.corpus import Pack
 
@@ -116,7 +117,8 @@ def _codes(model: Nugget2D, layout: SlotLayout, ids: Tensor) -> list[_Code]:
     even = torch.randint(len(vocabulary), ids.shape, generator=generator).to(ids.device)  # rare tokens too
     texts = torch.cat([ids, even])
     batch, length = texts.shape
-    encoded = model.encode(texts, [length] * batch, [length // layout.heads] * batch, selection="even")
+    # as nuggets, whatever memory this model makes
+    encoded = Network.encode(model, texts, [length] * batch, [length // layout.heads] * batch, selection="even")
     embeddings = _with_one(layout.encoder[0].input_layernorm(model.embed(vocabulary)))
     codes = []
     for head, values in enumerate(encoded.nuggets.values[PLACE].unbind(1)):
