@@ -61,14 +61,15 @@ def test_the_full_window_is_a_forward_pass_for_each_stride(llama: Nugget2D, stri
     expected = []
     for start in range(FIRST, LENGTH, stride):
         end = min(start + stride, LENGTH)
-        seen = ids[None, start + stride - 1 - 24 : end - 1]
+        seen = llama.after_start(ids[None, start + stride - 24 : end - 1])
         expected.append(token_losses(llama.decode(None, seen, prompt=None)[:, start - end :], ids[None, start:end])[0])
     assert torch.allclose(Full(llama, 24, stride)(ids, FIRST), torch.cat(expected), atol=1e-4)
 
 
 def test_equal_text_is_no_less(llama: Nugget2D) -> None:
     full = equal_text(llama, FIRST, BUDGET.chunk)
-    assert full.window - full.stride == BUDGET.text - BUDGET.chunk  # of the first query of a stride, of a chunk
+    # of the first query of a stride, of a chunk; and the start token
+    assert full.window - full.stride == BUDGET.text - BUDGET.chunk + 1
     assert full.stride == BUDGET.chunk < equal_text(llama, 10 * FIRST, BUDGET.chunk).stride
 
 
@@ -100,7 +101,7 @@ def naive_sinks(model: Nugget2D, ids: Tensor, states: int, chunk: int) -> Tensor
 def test_sinks_are_a_cache_whose_positions_are_its_own(llama: Nugget2D) -> None:
     ids = tiny.random_ids(1, LENGTH)[0]
     found = Sinks(llama, 24, 8)(ids, FIRST)
-    assert torch.allclose(found, naive_sinks(llama, ids, 24, 8)[FIRST - 1 :], atol=1e-4)
+    assert torch.allclose(found, naive_sinks(llama, llama.after_start(ids[None])[0], 24, 8)[FIRST:], atol=1e-4)
     other = torch.cat([ids[:SINKS].flip(0), ids[SINKS:]])
     assert not torch.allclose(Sinks(llama, 24, 8)(other, FIRST), found, atol=1e-2)
 

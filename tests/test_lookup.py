@@ -21,7 +21,7 @@ from nugget2d.reading import join_rows
 from nugget2d.slots import slot_layout, unrotated_layers
 from nugget2d.spelling import spelled
 from nugget2d.streaming.layout import Layout
-from nugget2d.streaming.parallel import in_text_order, mixed_logits
+from nugget2d.streaming.parallel import mixed_logits, parted
 from nugget2d.training.corpus import Pack
 from nugget2d.training.growth import PLACE, grow
 from nugget2d.training.lookup import lookup_keys, lookup_loss
@@ -106,6 +106,18 @@ def test_the_decoder_is_that_of_before_but_for_what_the_new_layer_says(before: N
         projection.weight.copy_(kept)
 
 
+@torch.no_grad()
+def test_what_finds_nothing_looks_at_the_start_token(after: Nugget2D) -> None:
+    ids = torch.randperm(len(after.tokenizer) - 1, generator=torch.Generator().manual_seed(0))[:200].view(8, 25) + 1
+    attention = slot_layout(after).decoder[PLACE].self_attn
+    with inputs_of(lookup_keys(after)) as heard:
+        after.decode(None, after.after_start(ids), prompt=None)
+    queries, keys = (p(heard[-1]).unflatten(-1, (4, -1)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+    logits = (queries @ keys.transpose(2, 3))[:, :3] / attention.head_dim**0.5
+    start, others = logits[:, :, 5:, 0], torch.tril(logits[:, :, 5:, 1:], diagonal=4)
+    assert (start > others.amax(-1)).double().mean() > 0.5  # of some fifteen keys
+
+
 def test_growing_keeps_what_reads_slots_and_moves_keys(before: Nugget2D, after: Nugget2D) -> None:
     assert unrotated_layers(after.lm) == [PLACE] and unrotated_layers(before.lm) == []
     assert slot_layout(after).layers == [2, 3]
@@ -147,13 +159,16 @@ def by_hand(model: Nugget2D, ids: Tensor, layout: Layout, inputs: Tensor, encode
     """The loss, key by key."""
     attention = slot_layout(model).decoder[PLACE].self_attn
     width, heads = attention.head_dim, len(attention.q_proj.bias) // attention.head_dim
-    queries, keys = (p(inputs).unflatten(-1, (heads, width)) for p in (attention.q_proj, attention.k_proj))
-    sums: tuple[list[float], list[float]] = ([], [])
+    views, tokens = parted(inputs, len(ids), layout) if encoded else (inputs[:, :1], inputs[:, 1:])
+    split = lambda states: states.unflatten(-1, (heads, width))  # noqa: E731
+    queries, keys = split(attention.q_proj(tokens)), split(attention.k_proj(tokens))
+    found: dict[str, list[float]] = {}
     for row, text in enumerate(ids.tolist()):
         for t, token in enumerate(text):
             view = max(0, (t - layout.tau) // layout.chunk)
             for head in range(heads):
                 score = lambda key: float(queries[row, t, head] @ key) / width**0.5  # noqa: B023, E731
+                silence = score(split(attention.k_proj(views))[row, view, head])
                 whole, held, others = [], [], []
                 for j in range(view * layout.chunk, t + 1):
                     place = whole if j and text[j - 1] == token else others
@@ -166,11 +181,14 @@ def by_hand(model: Nugget2D, ids: Tensor, layout: Layout, inputs: Tensor, encode
                         known = head < end - last and end - head - 1 >= 0
                         answers = known and text[segment * layout.chunk + end - head - 1] == token
                         (held if answers else others).append(key)
-                for right, found in ((whole, sums[0]), (held, sums[1])):
+                kinds = {"whole": (whole, [*others, silence]), "held": (held, [*others, silence])}
+                if not whole and not held:
+                    kinds = {"silence": ([silence], others)}
+                for kind, (right, wrong) in kinds.items():
                     if right:
-                        total = torch.tensor(right + others).logsumexp(0) - torch.tensor(right).logsumexp(0)
-                        found.append(float(total))
-    return sum(sum(found) / len(found) for found in (sums if encoded else sums[:1])) / (2 if encoded else 1)
+                        total = torch.tensor(right + wrong).logsumexp(0) - torch.tensor(right).logsumexp(0)
+                        found.setdefault(kind, []).append(float(total))
+    return sum(sum(one) / len(one) for one in found.values()) / len(found)
 
 
 @torch.no_grad()
@@ -182,9 +200,8 @@ def test_the_loss_of_a_stream(after: Nugget2D, way: str) -> None:
     nuggets = join_rows(after, encoded.nuggets, 2, LAYOUT.segments, LAYOUT.chunk)
     with inputs_of(lookup_keys(after)) as heard:
         mixed_logits(after, nuggets, ids, LAYOUT, way)
-    inputs = in_text_order(heard[-1], 2, LAYOUT)
-    loss = lookup_loss(after, inputs, ids, LAYOUT, encoded, torch.Generator())
-    assert float(loss) == pytest.approx(by_hand(after, ids, LAYOUT, inputs, encoded), rel=1e-4)
+    loss = lookup_loss(after, heard[-1], ids, LAYOUT, encoded, torch.Generator())
+    assert float(loss) == pytest.approx(by_hand(after, ids, LAYOUT, heard[-1], encoded), rel=1e-4)
 
 
 @torch.no_grad()
@@ -192,11 +209,14 @@ def test_the_loss_of_a_text(after: Nugget2D) -> None:
     ids = tiny.random_ids(2, 20) % 9 + 1
     layout = Layout(tau=0, chunk=20, views=1)
     with inputs_of(lookup_keys(after)) as heard:
-        after.decode(None, ids, prompt=None)
+        after.decode(None, after.after_start(ids), prompt=None)
     loss = lookup_loss(after, heard[-1], ids, layout, None, torch.Generator())
     assert float(loss) == pytest.approx(by_hand(after, ids, layout, heard[-1], None), rel=1e-4)
-    alone = torch.arange(1, 21)[None]
-    assert float(lookup_loss(after, heard[-1][:1], alone, layout, None, torch.Generator())) == 0  # nothing to find
+    # nothing to find: all should look at the start token; where there is none, nothing is asked
+    alone, inputs = torch.arange(1, 21)[None], heard[-1][:1]
+    silence = lookup_loss(after, inputs, alone, layout, None, torch.Generator())
+    assert float(silence) == pytest.approx(by_hand(after, alone, layout, inputs, None), rel=1e-4)
+    assert float(lookup_loss(after, inputs[:, 1:], alone, layout, None, torch.Generator())) == 0
 
 
 def test_a_model_without_such_a_layer(before: Nugget2D) -> None:

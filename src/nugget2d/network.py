@@ -234,7 +234,7 @@ class Network(nn.Module):
         return self.tokenizer.eos_token_id if bos is None else bos
 
     def after_start(self, ids: Tensor) -> Tensor:
-        """(1, n) tokens of a text as plain language modelling reads them: behind the start token, if there is one.
+        """(B, n) tokens as plain language modelling reads a text: behind the start token, if there is one.
 
         Of no tokens, none.
         """

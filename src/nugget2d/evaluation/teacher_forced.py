@@ -133,6 +133,7 @@ def lm_loss_per_token(model: Network, windows: Tensor, context: int, *, rows: in
     losses = []
     for ids in windows.split(rows):
         ids = ids.to(model.device)
-        logits = model.decode(None, ids[:, :-1], prompt=None)[:, max(context - 1, 0) :]
-        losses.append(token_losses(logits, ids[:, max(context, 1) :]))
+        target = ids[:, max(context, 1) :]
+        logits = model.decode(None, model.after_start(ids[:, :-1]), prompt=None)[:, -target.shape[1] :]
+        losses.append(token_losses(logits, target))
     return float(torch.cat(losses).mean())

@@ -66,12 +66,13 @@ def mixed_logits(
     return _in_one_row(model, nuggets, ids, layout, way, role)
 
 
-def in_text_order(states: Tensor, batch: int, layout: Layout) -> Tensor:
-    """(rows, inputs, d) of any module of the LM in `mixed_logits` -> (batch, n, d): its tokens, without heads."""
+def parted(states: Tensor, batch: int, layout: Layout) -> tuple[Tensor, Tensor]:
+    """(rows, inputs, d) of any module in `mixed_logits` -> (batch, views, d) of heads, (batch, n, d) of tokens."""
     if len(states) == batch:  # in one row
-        return states[:, layout.views :]
+        return states[:, : layout.views], states[:, layout.views :]
     rows = _Rows(layout)
-    return states[:, 1:].unflatten(0, (batch, rows.count)).flatten(1, 2)[:, rows.padding :]
+    states = states.unflatten(0, (batch, rows.count))
+    return states[:, rows.lead :, 0], states[:, :, 1:].flatten(1, 2)[:, rows.padding :]
 
 
 # ---- one row: [heads | tokens] ----
@@ -94,7 +95,7 @@ def _in_one_row(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: La
         else:
             with _attending(lm, "flex_attention"):
                 logits = _logits(lm, embeds, positions[None], cache, _block_mask(queries, keys))
-    return in_text_order(logits, len(ids), layout)
+    return parted(logits, len(ids), layout)[1]
 
 
 def _block_mask(queries: Queries, keys: Keys) -> BlockMask:
@@ -148,7 +149,7 @@ def _by_rows(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layou
     with model.parameters_by_role.role(role) as lm:
         additive = _additive(mask, bias, batch, embeds)
         logits = _logits(lm, embeds.flatten(0, 1), positions, cache, additive)
-    return in_text_order(logits, batch, layout)
+    return parted(logits, batch, layout)[1]
 
 
 class _Rows:

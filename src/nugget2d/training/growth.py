@@ -4,7 +4,9 @@ It stands behind the first layer, where a nugget's hidden state holds the tokens
 layer (slots.py): each slot is a code of its token, and these codes are what the new layer matches and reads. In the
 encoder, head h gives slot h + 1 as its key and slot h as its value; in the decoder, the query is the code of the token
 being read, the key of a whole token the code of the token before it, the value the code of its own, each fitted by
-ridge regression from the hidden state. The encoder computes as before; the decoder nearly.
+ridge regression from the hidden state. What finds no match has to look somewhere, too: one dimension of each head makes
+it look at the start token or soft prompt that a text begins with, which says nothing (an attention sink, arXiv
+2309.17453), lest it say a random token. The encoder computes as before; the decoder nearly.
 """
 
 import re
@@ -12,21 +14,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
+from nugget2d.cache import Nuggets
 from nugget2d.errors import RecipeError
 from nugget2d.hidden import inputs_of
 from nugget2d.model import Nugget2D
 from nugget2d.network import Network
+from nugget2d.reading import join_rows
 from nugget2d.slots import SlotLayout, final_norm, slot_layout
+from nugget2d.streaming.layout import Layout
+from nugget2d.streaming.parallel import mixed_logits, parted
 from nugget2d.training.corpus import Pack
 
 PLACE = 1  # the new layer's number
-SCALE = 9.0  # norm of queries and keys: a match is worth some 10 nats of attention, other tokens are off by 2
+SCALE = 9.0  # norm of queries and keys: a match is worth some 14 nats of attention, other tokens are off by 2
+SINK = 8.0  # nats of attention for the head of a view: more than for the luckiest of some hundred other tokens
 SAID = 1.0  # nats that the token behind a match gains at first
 RIDGE = 20.0
-WINDOWS, LENGTH = 256, 128  # of sample text, and as many of tokens drawn evenly
+WINDOWS, LAYOUT = 256, Layout(tau=8, chunk=20, views=6)  # of sample text; and as many of tokens drawn evenly
 SHARED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_act"),
     *("max_position_embeddings", "initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id"),
@@ -53,7 +61,7 @@ def grow(model: Nugget2D, text: Pack) -> Nugget2D:
     grown = _with_room(model)
     layers = slot_layout(grown)
     encoder, decoder = layers.encoder[PLACE], layers.decoder[PLACE]
-    ids = text.spread(WINDOWS, LENGTH).to(model.device)
+    ids = text.spread(WINDOWS, LAYOUT.length).to(model.device)
     codes = _codes(model, layout, ids)
     keys = [code.whitened(SCALE) for code in codes[1:]]  # of all heads but the last, which has no slot to its left
     _grow_encoder(encoder, layout.encoder[PLACE], codes, keys)
@@ -103,8 +111,14 @@ class _Code:
     spread: Tensor  # covariance over the sample
 
     def whitened(self, scale: float) -> tuple[Tensor, Tensor]:
-        """(head_dim, head_dim) that makes its dimensions alike, and the table so, of mean norm `scale`."""
+        """(head_dim, head_dim) that makes its dimensions alike, and the table so, of mean norm `scale`.
+
+        The last dimension is left empty: of the directions that tell tokens apart, the one that does so least is gone.
+        """
         inverse = torch.linalg.inv(torch.linalg.cholesky(self.spread)).T
+        best = torch.linalg.svd(self.table @ inverse, full_matrices=False).Vh
+        best[-1] = 0
+        inverse = inverse @ best.T
         table = self.table @ inverse
         factor = scale / table.norm(dim=1).mean()
         return inverse * factor, table * factor
@@ -153,26 +167,39 @@ def _grow_decoder(
 ) -> None:
     final: Any = final_norm(model.lm)
     with inputs_of(new.self_attn.k_proj) as read, inputs_of(final) as last:
-        model.decode(None, ids, prompt=None)
-    states = _with_one(read[0][:, 1:].flatten(0, 1))
+        mixed_logits(model, _nuggets(model, ids), ids, LAYOUT)
+    heads, tokens = parted(read[-1], len(ids), LAYOUT)
     own, before = ids[:, 1:].flatten(), ids[:, :-1].flatten()
-    # whole tokens are read by all heads, a token of a nugget by one
+    states = _with_one(torch.cat([tokens[:, 1:].flatten(0, 1), heads.flatten(0, 1)]))
+    sink = (SINK * layout.head_dim**0.5) ** 0.5  # what the empty dimension of a query and of a head's key is
+    # of tokens, and what their last dimension and that of heads gets
     parts = {
-        new.self_attn.q_proj: [table[own] for _, table in keys],
-        new.self_attn.k_proj: [table[before] for _, table in keys],
-        new.self_attn.v_proj: [code.table[own] / layout.heads for code in codes],
+        new.self_attn.q_proj: ([table[own] for _, table in keys], sink, sink),
+        new.self_attn.k_proj: ([table[before] for _, table in keys], 0.0, sink),
+        # whole tokens are read by all heads, a token of a nugget by one
+        new.self_attn.v_proj: ([code.table[own] / layout.heads for code in codes], 0.0, 0.0),
     }
-    for projection, wanted in parts.items():
-        fitted = [_ridge(states, one) for one in wanted]
+    for projection, (wanted, of_tokens, of_heads) in parts.items():
+        rows = torch.zeros(len(states), layout.head_dim, dtype=states.dtype)
+        rows[: len(own), -1], rows[len(own) :, -1] = of_tokens, of_heads
+        fitted = [_ridge(states, rows + F.pad(one, (0, 0, 0, len(rows) - len(one)))) for one in wanted]
         _set_heads(projection, [one[:-1].T for one in fitted], [one[-1] for one in fitted])
     # as loud as the next layer reads the same slots, but for one factor that makes a match worth `SAID`
     old = layout.decoder[PLACE].self_attn.o_proj.weight
     tables = torch.stack([code.table[own] for code in codes]).to(old.dtype)
     written = layout.written(PLACE, tables).mean(0) * final.weight  # (tokens, d)
     embeddings = model.embed(own)
-    scale = last[0].square().mean(-1).sqrt().mean()
+    scale = parted(last[-1], len(ids), LAYOUT)[1].square().mean(-1).sqrt().mean()
     said = (written / scale * (embeddings - embeddings.mean(0))).sum(-1).mean()
     new.self_attn.o_proj.weight.copy_(old * (SAID / said))
+
+
+def _nuggets(model: Nugget2D, ids: Tensor) -> Nuggets:
+    """Those of all segments of `LAYOUT`, whatever memory this model makes."""
+    rows = ids[:, : LAYOUT.segments * LAYOUT.chunk].reshape(-1, LAYOUT.chunk)
+    size = len(rows)
+    encoded = Network.encode(model, rows, [LAYOUT.chunk] * size, [2] * size, selection="even")
+    return join_rows(model, encoded.nuggets, len(ids), LAYOUT.segments, LAYOUT.chunk)
 
 
 def _by_head(projection: nn.Linear, heads: int) -> tuple[Tensor, Tensor]:

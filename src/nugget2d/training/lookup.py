@@ -2,8 +2,10 @@
 
 An induction head (arXiv 2209.11895): the query says which token is read, the key of a whole token which token came
 BEFORE it. A nugget stands for several tokens, so its heads share them out: the key of head h says which token stands
-h + 1 places before the nugget, its value which one stands h places before it (as in slots.py). Plain language modelling
-finds neither on its own in the few million tokens of a small model (docs/LOG.md).
+h + 1 places before the nugget, its value which one stands h places before it (as in slots.py). Where nothing answers,
+a head has to look somewhere all the same: at the start token or soft prompt that a text begins with, lest it say a
+random token. Plain language modelling finds none of this on its own in the few million tokens of a small model
+(docs/LOG.md).
 """
 
 from typing import Any, cast
@@ -16,7 +18,8 @@ from nugget2d.errors import ModelError
 from nugget2d.hidden import find_layers
 from nugget2d.network import Encoded, Network
 from nugget2d.slots import unrotated_layers
-from nugget2d.streaming.layout import Layout, Queries, joined
+from nugget2d.streaming.layout import Keys, Layout, Queries, joined
+from nugget2d.streaming.parallel import parted
 
 QUERIES = 256  # of each text: enough to learn from, and the loss stays cheap beside the pass itself
 
@@ -45,27 +48,35 @@ def _attention(model: Network) -> Any:
 def lookup_loss(
     model: Network, inputs: Tensor, ids: Tensor, layout: Layout, encoded: Encoded | None, generator: torch.Generator
 ) -> Tensor:
-    """Minus the log of the attention that falls on tokens behind the same token, in nats.
+    """Minus the log of the attention that falls where it should, in nats.
 
-    Whole tokens and nuggets are two losses, each against all keys that match in neither way: one would let the other
-    do its work. Returned is the mean over heads and queries that have a match, then over the two.
+    Of three kinds: on whole tokens that answer, and on nuggets that do, each beside all keys that do not (together, one
+    would let the other do its work); where nothing answers, on the head of the view. Returned is the mean over heads
+    and queries of each kind, then over the kinds that occur.
 
     Args:
         model: two copies of a Llama-shaped LM with one key-value head for each head.
-        inputs: (B, n, d) what the decoder's key projection of the layer got, in the order of the text.
+        inputs: what the decoder's key projection of the layer got, reading `after_start(ids)` or in `mixed_logits`.
         ids: (B, n) the text.
         layout: how it was read; plain language modelling has one view.
         encoded: a row for each of the text's segments, if nuggets were read and their heads share out the tokens.
         generator: draws the queries.
     """
-    attention = _attention(model)
-    width, device = attention.head_dim, ids.device
-    picked = torch.randperm(ids.shape[1], generator=generator)[:QUERIES].to(device)
-    queries = attention.q_proj(inputs[:, picked]).unflatten(-1, (-1, width)).transpose(1, 2)
-    keys = attention.k_proj(inputs).unflatten(-1, (-1, width)).transpose(1, 2)
+    attention, device = _attention(model), ids.device
+    length = ids.shape[1]
+    heads, tokens = parted(inputs, len(ids), layout) if layout.segments else (inputs[:, :-length], inputs[:, -length:])
+    picked = torch.randperm(length, generator=generator)[:QUERIES].to(device)
+
+    def by_head(states: Tensor) -> Tensor:
+        return states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    queries = by_head(attention.q_proj(tokens[:, picked]))
+    keys = by_head(attention.k_proj(torch.cat([tokens, heads], dim=1)))
     # (B, heads, keys) the token that each key answers to
-    answers = F.pad(ids[:, :-1], (1, 0), value=-1)[:, None].expand(-1, queries.shape[1], -1)
+    answers = F.pad(ids[:, :-1], (1, heads.shape[1]), value=-1)[:, None].expand(-1, queries.shape[1], -1)
     places, seen = layout.tokens(device)
+    starts = layout.heads(device, start=model.start_token is not None, prompts=True)[1]
+    seen = joined([seen, Keys(*(field[: heads.shape[1]] for field in starts))])
     if encoded is not None:
         held = encoded.nuggets.keys[lookup_layer(model)].unflatten(0, (len(ids), -1)).transpose(1, 2).flatten(2, 3)
         keys = torch.cat([keys, held.to(keys.dtype)], dim=2)
@@ -73,10 +84,14 @@ def lookup_loss(
         seen = joined([seen, layout.nuggets(encoded.index.shape[1], device)])
     visible = seen.seen_by(Queries(*(field[picked, None] for field in places)))  # (q, keys)
     match = (answers[:, :, None] == ids[:, None, picked, None]) & visible
-    logits = (queries @ keys.transpose(2, 3)).float() / width**0.5
-    whole = torch.arange(keys.shape[2], device=device) < ids.shape[1]
-    kinds = [whole] if encoded is None else [whole, ~whole]
-    return torch.stack([_missed(logits, match & kind, visible & ~match) for kind in kinds]).mean()
+    logits = (queries @ keys.transpose(2, 3)).float() / attention.head_dim**0.5
+    number = torch.arange(keys.shape[2], device=device)
+    whole, nugget = number < length, number >= length + heads.shape[1]
+    others = visible & ~match
+    silent = others & ~whole & ~nugget & ~match.any(-1, keepdim=True)
+    kinds = [(match & whole, others), (match & nugget, others), (silent, others & ~silent)]
+    losses = [_missed(logits, right, wrong) for right, wrong in kinds if right.any()]
+    return torch.stack(losses).mean() if losses else logits.sum() * 0
 
 
 def _answers(encoded: Encoded, ids: Tensor, layout: Layout, heads: int) -> Tensor:
@@ -94,13 +109,10 @@ def _answers(encoded: Encoded, ids: Tensor, layout: Layout, heads: int) -> Tenso
     return tokens.unflatten(0, (len(ids), -1)).transpose(1, 2).flatten(2)
 
 
-def _missed(logits: Tensor, match: Tensor, others: Tensor) -> Tensor:
-    """Mean of minus the log of the share of `match` beside `others`, over rows that have a match; 0 if none has.
-
-    All (B, heads, queries, keys).
-    """
+def _missed(logits: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
+    """Mean of minus the log of the share of `right` beside `wrong`, over rows with any; (B, heads, q, keys) all."""
     lowest = torch.finfo(logits.dtype).min
-    has = match.any(-1)
-    logits, match, others = logits[has], match[has], others[has]
-    hit, total = (logits.masked_fill(~keys, lowest).logsumexp(-1) for keys in (match, match | others))
-    return (total - hit).sum() / max(1, len(logits))
+    has = right.any(-1)
+    logits, right, wrong = logits[has], right[has], wrong[has]
+    hit, total = (logits.masked_fill(~keys, lowest).logsumexp(-1) for keys in (right, right | wrong))
+    return (total - hit).mean()

@@ -115,5 +115,6 @@ def _memories(
 
 
 def lm_loss(model: Network, ids: Tensor) -> Tensor:
-    """Plain language modelling by the base."""
-    return token_losses(model.decode(None, ids[:, :-1], prompt=None), ids[:, 1:]).mean()
+    """Plain language modelling by the base, all but the first of (B, n) tokens."""
+    logits = model.decode(None, model.after_start(ids[:, :-1]), prompt=None)
+    return token_losses(logits[:, 1 - ids.shape[1] :], ids[:, 1:]).mean()

@@ -16,7 +16,6 @@ from nugget2d.model import Nugget2D
 from nugget2d.network import Encoded
 from nugget2d.selection import count_nuggets
 from nugget2d.streaming.layout import Layout
-from nugget2d.streaming.parallel import in_text_order
 from nugget2d.training.activations import offloaded, recomputed
 from nugget2d.training.corpus import Pack
 from nugget2d.training.lookup import lookup_keys, lookup_loss
@@ -153,8 +152,7 @@ class CompressTask:
         if not heard:
             return 0.0, {}
         # the last call: before its first use, `rotation` tries the LM out
-        inputs = in_text_order(heard[-1], len(ids), layout) if layout.segments else heard[-1]
-        loss = lookup_loss(self.model, inputs, ids, layout, encoded, own)
+        loss = lookup_loss(self.model, heard[-1], ids, layout, encoded, own)
         return self.stage.lookup * (1 - 0.8 * progress) * loss, {"loss_lookup": float(loss.detach())}
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The base LM alone, over the last tokens."""
+"""The base LM alone, over the last tokens behind a start token, as it was trained to read."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class Full:
 
     Attributes:
         model: its base reads.
-        window: tokens that the last of a stride sees, itself among them.
+        window: states that the last of a stride sees: the start token, if there is one, and the last tokens to itself.
         stride: tokens predicted at a time.
     """
 
@@ -29,14 +29,16 @@ class Full:
     @torch.no_grad()
     def __call__(self, ids: Tensor, first: int) -> Tensor:
         """See `Reader`; `first` must be at least window - stride + 1."""
+        tokens = self.window - (self.model.start_token is not None)
         count = -(-(len(ids) - first) // self.stride)
         # one token more in front of each window than is read at its end: the last is only predicted
-        start = first + self.stride - 1 - self.window
-        rows = F.pad(ids, (0, self.stride))[start:].unfold(0, self.window + 1, self.stride)[:count]
+        start = first + self.stride - 1 - tokens
+        rows = F.pad(ids, (0, self.stride))[start:].unfold(0, tokens + 1, self.stride)[:count]
         losses = []
         with self.model.parameters_by_role.role("base") as lm:
             for batch in rows.split(max(1, BATCH_TOKENS // self.window)):
-                logits = lm(input_ids=batch[:, :-1], use_cache=False, logits_to_keep=self.stride).logits
+                read = self.model.after_start(batch[:, :-1])
+                logits = lm(input_ids=read, use_cache=False, logits_to_keep=self.stride).logits
                 losses.append(token_losses(logits, batch[:, -self.stride :]).flatten())
         return torch.cat(losses)[: len(ids) - first]
 
@@ -48,4 +50,4 @@ def equal_text(model: Network, text: int, chunk: int) -> Full:
     stride sees as much as one of the others at least, the last up to an eighth more.
     """
     stride = max(chunk, text // 8)
-    return Full(model, text + stride - chunk, stride)
+    return Full(model, text + stride - chunk + 1, stride)

@@ -1,4 +1,4 @@
-"""StreamingLLM (arXiv 2309.17453): the first tokens of the text as attention sinks, and the last ones.
+"""StreamingLLM (arXiv 2309.17453): the start token and the first tokens as attention sinks, and the last ones.
 
 Positions are counted within the cache, as published: the sinks stand right before the whole tokens, however far away
 they were read. Attention by rotary keys knows distances alone, so it is the sinks that are moved here.
@@ -36,6 +36,8 @@ class Sinks:
     @torch.no_grad()
     def __call__(self, ids: Tensor, first: int) -> Tensor:
         """See `Reader`."""
+        given, ids = len(ids), self.model.after_start(ids[None])[0]
+        first += len(ids) - given
         layout = Layout.over(len(ids) - 1, tau=self.states - SINKS - self.chunk, chunk=self.chunk, reach=1)
         padded = torch.nn.functional.pad(ids[:-1], (0, layout.length - len(ids) + 1))[None]
         logits = mixed_logits(self.model, self._sinks(ids, layout), padded, layout, role="base")
