@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,10 @@ from nugget2d.slots import slot_layout, unrotated_layers
 from nugget2d.spelling import spelled
 from nugget2d.streaming.layout import Layout
 from nugget2d.streaming.parallel import mixed_logits, parted
+from nugget2d.training import tasks
 from nugget2d.training.corpus import Pack
 from nugget2d.training.growth import PLACE, grow
-from nugget2d.training.lookup import lookup_keys, lookup_loss
+from nugget2d.training.lookup import lookup_keys, lookup_loss, voice_loss
 from nugget2d.training.recipe import CompressStage
 from nugget2d.training.run import train
 from nugget2d.training.tasks import CompressTask
@@ -204,6 +206,33 @@ def test_the_loss_of_a_stream(after: Nugget2D, way: str) -> None:
     assert float(loss) == pytest.approx(by_hand(after, ids, LAYOUT, heard[-1], encoded), rel=1e-4)
 
 
+def test_a_nugget_learns_to_say_what_a_whole_token_says(after: Nugget2D) -> None:
+    ids = tiny.random_ids(2, LAYOUT.length)
+    rows = ids[:, : LAYOUT.segments * LAYOUT.chunk].reshape(-1, LAYOUT.chunk)
+    model = copy.deepcopy(after)
+    encoded = model.encode(rows, [LAYOUT.chunk] * 6, [2] * 6, selection="random")
+    nuggets = join_rows(model, encoded.nuggets, 2, LAYOUT.segments, LAYOUT.chunk)
+    with inputs_of(lookup_keys(model)) as heard:
+        mixed_logits(model, nuggets, ids, LAYOUT)
+    loss = voice_loss(model, heard[-1], LAYOUT, encoded)
+    attention = slot_layout(model).decoder[PLACE].self_attn
+    tokens, output = parted(heard[-1], 2, LAYOUT)[1], attention.o_proj.weight
+    spoken, wanted = [], []
+    for number, ends in enumerate(encoded.index.tolist()):
+        row, segment = divmod(number, LAYOUT.segments)
+        for one, (end, last) in enumerate(zip(ends, [-1, *ends], strict=False)):
+            for head in range(min(4, end - last)):
+                own = output[:, 8 * head : 8 * head + 8]
+                spoken.append(own @ encoded.nuggets.values[PLACE][number, head, one])
+                whole = attention.v_proj(tokens[row, segment * LAYOUT.chunk + end - head])
+                wanted.append(output @ whole + attention.o_proj.bias)
+    said, meant = (torch.stack(found) - torch.stack(found).mean(0) for found in (spoken, wanted))
+    assert float(loss) == pytest.approx(float((said - meant).square().sum() / meant.square().sum()), rel=1e-4)
+    loss.backward()
+    moved = {name for name, one in model.named_parameters() if one.grad is not None}
+    assert any("encoder" in name for name in moved) and not any("lm.model.layers" in name for name in moved)
+
+
 @torch.no_grad()
 def test_the_loss_of_a_text(after: Nugget2D) -> None:
     ids = tiny.random_ids(2, 20) % 9 + 1
@@ -238,13 +267,32 @@ def test_recomputed_activations_change_nothing(after: Nugget2D, pack: Pack, obje
         )  # fmt: skip
         model = copy.deepcopy(after)
         generator = torch.Generator().manual_seed(3)
-        loss, figures = CompressTask(model, stage, pack, pack).loss(0.0, generator, generator)
+        loss, figures = CompressTask(model, stage, pack, pack).loss(0.75, generator, generator)
         loss.backward()
-        assert figures.keys() == {f"loss_{objective}", "loss_lookup"}
-        assert float(loss.detach()) == pytest.approx(sum(figures.values()), rel=1e-5)
+        main = figures.pop(f"loss_{objective}")
+        assert figures.keys() == ({"loss_lookup", "loss_voice"} if objective == "stream" else {"loss_lookup"})
+        assert float(loss.detach()) == pytest.approx(main + 0.4 * sum(figures.values()), rel=1e-5)
         found.append({name: one.grad for name, one in model.named_parameters() if one.grad is not None})
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_both_losses_are_of_the_same_inputs(after: Nugget2D, pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def listened(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda model, inputs, *others: given.append(inputs) or loss(model, inputs, *others)
+
+    monkeypatch.setattr(tasks, "lookup_loss", listened(lookup_loss))
+    monkeypatch.setattr(tasks, "voice_loss", listened(voice_loss))
+    phase = {"objectives": {"stream": 1}, "windows": {32: 1}}
+    stage = CompressStage(
+        tokens=64, batch_tokens=128, optim={"lr": 1e-3}, phases=[phase], init="before", lookup=1.0,
+        streams={"tau": {8: 1}, "chunk": {8: 1}, "context": 32},
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    CompressTask(after, stage, pack, pack).loss(1.0, generator, generator)
+    assert len(given) == 2 and given[0] is given[1]
 
 
 @pytest.fixture(scope="module")

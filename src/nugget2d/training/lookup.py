@@ -21,6 +21,7 @@ from nugget2d.slots import unrotated_layers
 from nugget2d.streaming.layout import Keys, Layout, Queries, joined
 from nugget2d.streaming.parallel import parted
 
+VOICE = 0.6  # of a run: until then whole tokens find theirs
 QUERIES = 256  # of each text: enough to learn from, and the loss stays cheap beside the pass itself
 
 
@@ -94,18 +95,54 @@ def lookup_loss(
     return torch.stack(losses).mean() if losses else logits.sum() * 0
 
 
-def _answers(encoded: Encoded, ids: Tensor, layout: Layout, heads: int) -> Tensor:
-    """(B, heads, nuggets) the token that each head of a nugget answers to; -1 where it has none.
+def voice_loss(model: Network, inputs: Tensor, layout: Layout, encoded: Encoded) -> Tensor:
+    """How far what a head of a nugget says of its token is from what all heads say of it where it is read whole.
 
-    A head has none beyond the nugget before, and for a segment's first token, before which its encoder saw nothing.
+    Lookups are rare, and their gradients noise: left to them, a nugget says its token a third as loud as a whole one
+    does (docs/LOG.md). Only the encoder learns by this. Returned is the squared distance over the squared norm of what
+    whole tokens say, both without their means: 1 if nuggets say nothing.
+
+    Args:
+        model: as for `lookup_loss`.
+        inputs: what the decoder's key projection of the layer got in `mixed_logits`.
+        layout: how the text was read, with at least one segment.
+        encoded: a row for each of the text's segments.
     """
-    ends = encoded.index[:, None]  # (B * segments, 1, K)
+    attention, batch = _attention(model), len(encoded.index) // layout.segments
+    with torch.no_grad():
+        tokens = parted(inputs, batch, layout)[1][:, : layout.segments * layout.chunk]
+        whole = attention.o_proj(attention.v_proj(tokens)).reshape(-1, layout.chunk, inputs.shape[-1])
+    values = encoded.nuggets.values[lookup_layer(model)]  # (B * segments, heads, K, head_dim)
+    output = attention.o_proj.weight.detach().unflatten(1, (-1, attention.head_dim))
+    places, inside = _places(encoded, values.shape[1])
+    spoken = torch.einsum("bhkc,dhc->bhkd", values, output.to(values.dtype))[inside].float()
+    rows = torch.arange(len(places), device=places.device)[:, None, None].expand_as(places)
+    wanted = whole[rows[inside], places[inside]].float()
+    spoken, wanted = spoken - spoken.mean(0), wanted - wanted.mean(0)
+    return (spoken - wanted).square().sum() / wanted.square().sum()
+
+
+def _places(encoded: Encoded, heads: int) -> tuple[Tensor, Tensor]:
+    """(B * segments, heads, K) where in its segment the token stands that a head says; and whether there is one.
+
+    There is none beyond the nugget before.
+    """
+    ends = encoded.index[:, None]
     gaps = torch.diff(ends, prepend=torch.full_like(ends[..., :1], -1))
-    offsets = torch.arange(heads, device=ids.device)[:, None]
-    before = ends - offsets - 1
+    offsets = torch.arange(heads, device=ends.device)[:, None]
+    return ends - offsets, offsets < gaps
+
+
+def _answers(encoded: Encoded, ids: Tensor, layout: Layout, heads: int) -> Tensor:
+    """(B, heads, nuggets) the token that each head of a nugget answers to, the one before what it says; -1: none.
+
+    For a segment's first token there is none: its encoder saw nothing before.
+    """
+    places, inside = _places(encoded, heads)
+    before = places - 1
     texts = ids[:, : layout.segments * layout.chunk].reshape(-1, layout.chunk)
     tokens = texts.gather(1, before.clamp(min=0).flatten(1)).view_as(before)
-    tokens = tokens.masked_fill((offsets >= gaps) | (before < 0), -1)
+    tokens = tokens.masked_fill(~inside | (before < 0), -1)
     return tokens.unflatten(0, (len(ids), -1)).transpose(1, 2).flatten(2)
 
 

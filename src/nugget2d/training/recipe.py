@@ -193,7 +193,7 @@ class CompressStage(Stage):
         readout: weight of the slot read-out loss (readout.py); 0 turns it off.
         addressing: start with attention biases that address slots by distance (addressing.py).
         grow: of a trained compressor, one more layer that looks tokens up (growth.py).
-        lookup: weight of the loss that teaches it to (lookup.py), at first: it falls to a fifth; 0 turns it off.
+        lookup: weight of the losses that teach it to (lookup.py), at first: it falls to a fifth; 0 turns them off.
         checkpoint_activations: run each layer again in the backward pass instead of keeping what it computed.
         offload_activations: keep what the backward pass needs in the host's memory.
     """

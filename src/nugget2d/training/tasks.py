@@ -18,7 +18,7 @@ from nugget2d.selection import count_nuggets
 from nugget2d.streaming.layout import Layout
 from nugget2d.training.activations import offloaded, recomputed
 from nugget2d.training.corpus import Pack
-from nugget2d.training.lookup import lookup_keys, lookup_loss
+from nugget2d.training.lookup import VOICE, lookup_keys, lookup_loss, voice_loss
 from nugget2d.training.objectives import continue_loss, distill_loss, lm_loss, reconstruct_loss, stream_loss
 from nugget2d.training.readout import readout_loss
 from nugget2d.training.recipe import CompressStage, Objective, PretrainStage
@@ -148,12 +148,16 @@ class CompressTask:
         encoded: Encoded | None,
         own: torch.Generator,
     ) -> tuple[Tensor | float, dict[str, float]]:
-        """The weighted lookup loss of one reading, which falls to a fifth of its weight by the end of the run."""
+        """The weighted losses of one reading, whose weight falls to a fifth by the end of the run."""
         if not heard:
             return 0.0, {}
-        # the last call: before its first use, `rotation` tries the LM out
-        loss = lookup_loss(self.model, heard[-1], ids, layout, encoded, own)
-        return self.stage.lookup * (1 - 0.8 * progress) * loss, {"loss_lookup": float(loss.detach())}
+        # the last call: before its first use, `rotation` tries the LM out; the losses call the same module themselves
+        inputs = heard[-1]
+        losses = {"loss_lookup": lookup_loss(self.model, inputs, ids, layout, encoded, own)}
+        if encoded is not None and progress >= VOICE:
+            losses["loss_voice"] = voice_loss(self.model, inputs, layout, encoded)
+        weight = self.stage.lookup * (1 - 0.8 * progress)
+        return weight * sum(losses.values()), {name: float(loss.detach()) for name, loss in losses.items()}
 
     @contextmanager
     def _activations(self) -> Iterator[None]:
