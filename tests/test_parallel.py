@@ -133,8 +133,9 @@ def test_adapters_of_a_frozen_base_are_sharded_and_recomputed(runs: Path) -> Non
 
 def test_a_layer_that_looks_up_is_sharded(runs: Path) -> None:
     logs = [(runs / run / "compress" / "log.jsonl").read_text().splitlines() for run in ("grown-one", "grown-fsdp")]
-    one, two = ([json.loads(line)["loss_lookup"] for line in log] for log in logs)
-    assert len(one) == HALF and two == pytest.approx(one, abs=1e-4)
+    for name, least in (("loss_lookup", HALF), ("loss_voice", 1)):
+        one, two = ([record[name] for record in map(json.loads, log) if name in record] for log in logs)
+        assert len(one) >= least and two == pytest.approx(one, abs=1e-4)
 
 
 def test_micro_batches_that_cannot_be_shared_out_are_refused(tmp_path: Path) -> None:

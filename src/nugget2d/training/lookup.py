@@ -21,7 +21,6 @@ from nugget2d.slots import unrotated_layers
 from nugget2d.streaming.layout import Keys, Layout, Queries, joined
 from nugget2d.streaming.parallel import parted
 
-VOICE = 0.6  # of a run: until then whole tokens find theirs
 QUERIES = 256  # of each text: enough to learn from, and the loss stays cheap beside the pass itself
 
 

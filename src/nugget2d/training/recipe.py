@@ -194,6 +194,7 @@ class CompressStage(Stage):
         addressing: start with attention biases that address slots by distance (addressing.py).
         grow: of a trained compressor, one more layer that looks tokens up (growth.py).
         lookup: weight of the losses that teach it to (lookup.py), at first: it falls to a fifth; 0 turns them off.
+        voice_from: from which part of the run on nuggets learn to say what whole tokens say, which first find out what.
         checkpoint_activations: run each layer again in the backward pass instead of keeping what it computed.
         offload_activations: keep what the backward pass needs in the host's memory.
     """
@@ -216,6 +217,7 @@ class CompressStage(Stage):
     addressing: bool = False
     grow: bool = False
     lookup: float = Field(default=0.0, ge=0)
+    voice_from: float = Field(default=0.6, ge=0, le=1)
     checkpoint_activations: bool = False
     offload_activations: bool = False
 

@@ -18,7 +18,7 @@ from nugget2d.selection import count_nuggets
 from nugget2d.streaming.layout import Layout
 from nugget2d.training.activations import offloaded, recomputed
 from nugget2d.training.corpus import Pack
-from nugget2d.training.lookup import VOICE, lookup_keys, lookup_loss, voice_loss
+from nugget2d.training.lookup import lookup_keys, lookup_loss, voice_loss
 from nugget2d.training.objectives import continue_loss, distill_loss, lm_loss, reconstruct_loss, stream_loss
 from nugget2d.training.readout import readout_loss
 from nugget2d.training.recipe import CompressStage, Objective, PretrainStage
@@ -154,7 +154,7 @@ class CompressTask:
         # the last call: before its first use, `rotation` tries the LM out; the losses call the same module themselves
         inputs = heard[-1]
         losses = {"loss_lookup": lookup_loss(self.model, inputs, ids, layout, encoded, own)}
-        if encoded is not None and progress >= VOICE:
+        if encoded is not None and progress >= self.stage.voice_from:
             losses["loss_voice"] = voice_loss(self.model, inputs, layout, encoded)
         weight = self.stage.lookup * (1 - 0.8 * progress)
         return weight * sum(losses.values()), {name: float(loss.detach()) for name, loss in losses.items()}
