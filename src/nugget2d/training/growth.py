@@ -169,6 +169,7 @@ def _grow_decoder(
     with inputs_of(new.self_attn.k_proj) as read, inputs_of(final) as last:
         mixed_logits(model, _nuggets(model, ids), ids, LAYOUT)
     heads, tokens = parted(read[-1], len(ids), LAYOUT)
+    heads = heads[:, int(model.start_token is None) :]  # without a start token view 0 has none
     own, before = ids[:, 1:].flatten(), ids[:, :-1].flatten()
     states = _with_one(torch.cat([tokens[:, 1:].flatten(0, 1), heads.flatten(0, 1)]))
     sink = (SINK * layout.head_dim**0.5) ** 0.5  # what the empty dimension of a query and of a head's key is
@@ -180,7 +181,7 @@ def _grow_decoder(
         new.self_attn.v_proj: ([code.table[own] / layout.heads for code in codes], 0.0, 0.0),
     }
     for projection, (wanted, of_tokens, of_heads) in parts.items():
-        rows = torch.zeros(len(states), layout.head_dim, dtype=states.dtype)
+        rows = states.new_zeros(len(states), layout.head_dim)
         rows[: len(own), -1], rows[len(own) :, -1] = of_tokens, of_heads
         fitted = [_ridge(states, rows + F.pad(one, (0, 0, 0, len(rows) - len(one)))) for one in wanted]
         _set_heads(projection, [one[:-1].T for one in fitted], [one[-1] for one in fitted])
@@ -224,4 +225,4 @@ def _with_one(states: Tensor) -> Tensor:
 def _ridge(inputs: Tensor, wanted: Tensor) -> Tensor:
     """(d, c) weights that make (n, c) of (n, d)."""
     square = inputs.T @ inputs
-    return torch.linalg.solve(square + RIDGE * torch.eye(len(square), dtype=square.dtype), inputs.T @ wanted)
+    return torch.linalg.solve(square + RIDGE * torch.eye(len(square), dtype=square.dtype, device=square.device), inputs.T @ wanted)
