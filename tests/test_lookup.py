@@ -157,8 +157,10 @@ def test_nothing_grows_twice(after: Nugget2D, pack: Pack) -> None:
 # ---- the loss ----
 
 
-def by_hand(model: Nugget2D, ids: Tensor, layout: Layout, inputs: Tensor, encoded: Encoded | None) -> float:
-    """The loss, key by key."""
+def by_hand(
+    model: Nugget2D, ids: Tensor, layout: Layout, inputs: Tensor, encoded: Encoded | None, kinds_found: int
+) -> float:
+    """The loss, key by key; all the kinds that it is to be of must occur."""
     attention = slot_layout(model).decoder[PLACE].self_attn
     width, heads = attention.head_dim, len(attention.q_proj.bias) // attention.head_dim
     views, tokens = parted(inputs, len(ids), layout) if encoded else (inputs[:, :1], inputs[:, 1:])
@@ -190,6 +192,7 @@ def by_hand(model: Nugget2D, ids: Tensor, layout: Layout, inputs: Tensor, encode
                     if right:
                         total = torch.tensor(right + wrong).logsumexp(0) - torch.tensor(right).logsumexp(0)
                         found.setdefault(kind, []).append(float(total))
+    assert len(found) == kinds_found
     return sum(sum(one) / len(one) for one in found.values()) / len(found)
 
 
@@ -203,7 +206,7 @@ def test_the_loss_of_a_stream(after: Nugget2D, way: str) -> None:
     with inputs_of(lookup_keys(after)) as heard:
         mixed_logits(after, nuggets, ids, LAYOUT, way)
     loss = lookup_loss(after, heard[-1], ids, LAYOUT, encoded, torch.Generator())
-    assert float(loss) == pytest.approx(by_hand(after, ids, LAYOUT, heard[-1], encoded), rel=1e-4)
+    assert float(loss) == pytest.approx(by_hand(after, ids, LAYOUT, heard[-1], encoded, 3), rel=1e-4)
 
 
 def test_a_nugget_learns_to_say_what_a_whole_token_says(after: Nugget2D) -> None:
@@ -240,11 +243,11 @@ def test_the_loss_of_a_text(after: Nugget2D) -> None:
     with inputs_of(lookup_keys(after)) as heard:
         after.decode(None, after.after_start(ids), prompt=None)
     loss = lookup_loss(after, heard[-1], ids, layout, None, torch.Generator())
-    assert float(loss) == pytest.approx(by_hand(after, ids, layout, heard[-1], None), rel=1e-4)
+    assert float(loss) == pytest.approx(by_hand(after, ids, layout, heard[-1], None, 2), rel=1e-4)
     # nothing to find: all should look at the start token; where there is none, nothing is asked
     alone, inputs = torch.arange(1, 21)[None], heard[-1][:1]
     silence = lookup_loss(after, inputs, alone, layout, None, torch.Generator())
-    assert float(silence) == pytest.approx(by_hand(after, alone, layout, inputs, None), rel=1e-4)
+    assert float(silence) == pytest.approx(by_hand(after, alone, layout, inputs, None, 1), rel=1e-4)
     assert float(lookup_loss(after, inputs[:, 1:], alone, layout, None, torch.Generator())) == 0
 
 

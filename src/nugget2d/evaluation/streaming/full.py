@@ -47,7 +47,7 @@ def equal_text(model: Network, text: int, chunk: int) -> Full:
     """Over as many tokens as nuggets and whole tokens stand for, or a few more.
 
     A stride of an eighth of the text: by the chunk, every token would be computed dozens of times. The first query of a
-    stride sees as much as one of the others at least, the last up to an eighth more.
+    stride sees as much as one of the others at least, the last up to an eighth more, and the start token besides.
     """
     stride = max(chunk, text // 8)
     return Full(model, text + stride - chunk + 1, stride)
