@@ -25,6 +25,7 @@ from nugget2d.evaluation.report import markdown_table, write_report
 from nugget2d.indexing.documents import Document, documents
 from nugget2d.indexing.run import index
 from nugget2d.indexing.work import Job
+from nugget2d.support import as_cache
 
 
 def main() -> None:
@@ -65,7 +66,9 @@ def prefill(name: str, texts: list[str]) -> dict[str, Any]:
     model = Nugget2D.from_pretrained(name)
     for text in texts:
         ids = model.ids(text)
-        model.lm(input_ids=ids, past_key_values=DynamicCache(config=model.lm.config), use_cache=True, logits_to_keep=1)
+        model.lm(
+            input_ids=ids, **as_cache(model.lm, DynamicCache(config=model.lm.config)), use_cache=True, logits_to_keep=1
+        )
         tokens += ids.shape[1]
     return speed(len(texts), tokens, time.perf_counter() - start)
 

@@ -25,6 +25,7 @@ from nugget2d.evaluation.report import markdown_table, write_report
 from nugget2d.files import atomic_write
 from nugget2d.losses import token_losses
 from nugget2d.streaming.stream import Stream
+from nugget2d.support import as_cache
 from nugget2d.training.corpus import documents
 from nugget2d.training.recipe import Source
 
@@ -95,7 +96,7 @@ class FullAttention:
             first = [] if self._last is None else [self._last]
             inputs = torch.tensor([[*first, *piece[:-1].tolist()]])
             with self._model.parameters_by_role.role("base") as lm:
-                logits = lm(input_ids=inputs, past_key_values=self._cache, use_cache=True).logits
+                logits = lm(input_ids=inputs, **as_cache(lm, self._cache), use_cache=True).logits
             losses.append(token_losses(logits, piece[None, -inputs.shape[1] :])[0])
             self._last = int(piece[-1])
         return torch.cat(losses)

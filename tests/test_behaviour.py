@@ -14,6 +14,7 @@ from nugget2d.encoding import pad
 from nugget2d.errors import ContextWarning, ModelError
 from nugget2d.losses import token_losses
 from nugget2d.reading import segment_nuggets, text_nuggets
+from nugget2d.support import as_cache
 
 SELECTIONS = ("learned", "window", "even", "random", "punctuation")
 close = pytest.approx
@@ -191,7 +192,7 @@ def test_joined_keys_equal_encoding_at_the_later_positions(case, plain: Nugget2D
             inputs_embeds=plain.embed(ids),
             attention_mask=torch.ones_like(ids),
             position_ids=first.num_tokens + torch.arange(ids.shape[1])[None],
-            past_key_values=cache,
+            **as_cache(body, cache),
         )
     there = gather_nuggets(
         cache, second.local_positions.long()[None], torch.ones(1, second.num_nuggets, dtype=torch.bool)

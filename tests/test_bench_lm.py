@@ -25,6 +25,7 @@ from nugget2d.evaluation.streaming.sinks import SINKS, Sinks
 from nugget2d.evaluation.streaming.tables import markdown
 from nugget2d.evaluation.streaming.text import articles, cut
 from nugget2d.losses import token_losses
+from nugget2d.support import as_cache
 
 BUDGET = Budget(states=24, chunk=8, ratio=4, share=0.5)
 FIRST = BUDGET.text
@@ -84,7 +85,7 @@ def naive_sinks(model: Nugget2D, ids: Tensor, states: int, chunk: int) -> Tensor
             cache = DynamicCache(config=lm.config) if kept is None else kept.to_cache(lm.config)
             length = cache.get_seq_length()
             positions = torch.arange(length, length + end - start)[None]
-            logits = lm(input_ids=ids[None, start:end], position_ids=positions, past_key_values=cache).logits
+            logits = lm(input_ids=ids[None, start:end], position_ids=positions, **as_cache(lm, cache)).logits
             targets = ids[None, start + 1 : end + 1]
             losses.append(token_losses(logits[:, : targets.shape[1]], targets)[0])
             keys, values = cached_states(cache)

@@ -9,6 +9,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 import tiny
 from nugget2d.fingerprint import fingerprint
+from nugget2d.support import as_cache
 
 LENGTH, KEPT = 12, [1, 4, 5, 11]
 
@@ -25,7 +26,7 @@ def fill(lm) -> Callable[[], DynamicCache]:
     """Makes a cache of the tokens KEPT out of LENGTH, by hand."""
     full = DynamicCache(config=lm.config)
     with torch.no_grad():
-        lm(input_ids=tiny.random_ids(1, LENGTH), past_key_values=full)
+        lm(input_ids=tiny.random_ids(1, LENGTH), **as_cache(lm, full))
 
     def make() -> DynamicCache:
         cache = DynamicCache(config=lm.config)
@@ -50,7 +51,22 @@ def dense(lm: LlamaForCausalLM, query: torch.Tensor) -> torch.Tensor:
 def read(lm: LlamaForCausalLM, cache: DynamicCache, query: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     positions = LENGTH + torch.arange(query.shape[1])[None]
     with torch.no_grad():
-        return lm(input_ids=query, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        return lm(input_ids=query, attention_mask=mask, position_ids=positions, **as_cache(lm, cache)).logits
+
+
+def test_a_cache_goes_by_the_name_that_the_model_gives_it(lm) -> None:
+    """That is "cache" since transformers 5.24; models that bring their own code may know "past_key_values" alone."""
+
+    class New(LlamaForCausalLM):
+        def forward(self, input_ids=None, cache=None): ...
+
+    class Old(LlamaForCausalLM):
+        def forward(self, input_ids=None, past_key_values=None): ...
+
+    cache = DynamicCache(config=lm.config)
+    for kind, name in ((New, "cache"), (Old, "past_key_values")):
+        lm.__class__ = kind
+        assert as_cache(lm, cache) == {name: cache}
 
 
 def test_a_cache_filled_by_hand_is_exact(lm, fill) -> None:
@@ -80,7 +96,7 @@ def test_generate_needs_positions_and_changes_the_cache(lm, fill) -> None:
             inputs_embeds=embeds,
             attention_mask=torch.ones(1, embeds.shape[1], dtype=torch.long),
             position_ids=positions,
-            past_key_values=cache,
+            **as_cache(lm, cache),
             max_new_tokens=1,
             do_sample=False,
             pad_token_id=0,

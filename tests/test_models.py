@@ -11,6 +11,7 @@ import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import ContextWarning, InputError, ModelError, OutputError
 from nugget2d.reading import text_nuggets
+from nugget2d.support import as_cache
 
 V = len(tiny.tokenizer())
 SMALL = {"vocab_size": V, "bos_token_id": 0, "eos_token_id": 0}
@@ -244,7 +245,9 @@ def test_other_rotary_models_move_their_keys(build) -> None:
     cache = hf.DynamicCache(config=model.lm.config)
     positions = 11 + torch.arange(ids.shape[1])[None]
     with torch.no_grad():
-        model.lm(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, past_key_values=cache)
+        model.lm(
+            input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, **as_cache(model.lm, cache)
+        )
     for mine, layer in zip(moved, cache.layers, strict=True):
         torch.testing.assert_close(mine, layer.keys, atol=1e-4, rtol=1e-4)
 

@@ -20,7 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from nugget2d.errors import ModelError
-from nugget2d.support import find_rotary
+from nugget2d.support import as_cache, find_rotary
 
 LayerStates = Sequence[Tensor]  # one tensor (B, kv_heads, K, head_dim) per layer
 
@@ -211,7 +211,7 @@ class KeyRotation:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 position_ids=torch.full_like(ids, position),
-                past_key_values=cache,
+                **as_cache(body, cache),
                 use_cache=True,
             )
             return [keys.float() for keys in cached_states(cache)[0]]

@@ -14,7 +14,9 @@ from transformers import DynamicCache
 from nugget2d.cache import gather_nuggets
 from nugget2d.errors import ModelError
 from nugget2d.model import Nugget2D
+from nugget2d.precision import has_fast_bfloat16
 from nugget2d.pretrained import CONFIG_FILE, resolve
+from nugget2d.support import as_cache
 
 RATIOS = (10, 20)
 # What reading nuggets may differ from one masked pass, relative to the largest logit: rounding of float32.
@@ -98,7 +100,7 @@ def reading_error(model: Nugget2D) -> float:
             input_ids=text,
             attention_mask=torch.ones_like(text),
             position_ids=positions[:, :count],
-            past_key_values=cache,
+            **as_cache(lm, cache),
             use_cache=True,
         )
         nuggets = gather_nuggets(cache, index, torch.ones_like(index, dtype=torch.bool))
@@ -183,7 +185,7 @@ def _machine_findings() -> tuple[Finding, ...]:
         Finding("python", python_version()),
         Finding("libraries", ", ".join(versions)),
         _device(),
-        Finding("dtypes", "float32, bfloat16" if _has_bfloat16() else "float32"),
+        Finding("dtypes", _dtypes()),
         _threads(),
         _extra("BLEU and plots (optional)", ("sacrebleu", "matplotlib"), "nugget2d[bench]", every=True),
         _extra("8- and 4-bit bases (optional)", ("bitsandbytes", "torchao"), "bitsandbytes", every=False),
@@ -200,8 +202,10 @@ def _device() -> Finding:
     return Finding("device", value, "torch is built for CUDA but sees no GPU: check the driver (nvidia-smi)")
 
 
-def _has_bfloat16() -> bool:
-    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+def _dtypes() -> str:
+    if has_fast_bfloat16("cuda" if torch.cuda.is_available() else "cpu"):
+        return "float32, bfloat16"
+    return "float32 (bfloat16 is emulated here, and slower)"
 
 
 def _threads() -> Finding:

@@ -14,6 +14,7 @@ from nugget2d.network import Network
 from nugget2d.parameters import Role
 from nugget2d.reading import text_nuggets
 from nugget2d.segmentation import detokenize_after
+from nugget2d.support import as_cache
 
 
 @torch.no_grad()
@@ -124,5 +125,5 @@ def _inputs(model: Network, prompt: str, memory: Memory | None, copies: int, new
         "inputs_embeds": embeds,
         "attention_mask": embeds.new_ones(embeds.shape[:2]).long(),
         "position_ids": positions[None],
-        "past_key_values": cache,
+        **as_cache(model.lm, cache),
     }

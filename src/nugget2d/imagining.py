@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from nugget2d.network import Network
 from nugget2d.selection import generator_of
+from nugget2d.support import as_cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ def imagine(model: Network, texts: Sequence[Sequence[int]], samples: int, tokens
 
         def forward(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
             ids, mask, positions = (tensor.to(model.device) for tensor in (ids, mask, positions))
-            outputs = lm(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+            outputs = lm(ids, attention_mask=mask, position_ids=positions, **as_cache(lm, cache), logits_to_keep=1)
             return outputs.logits[:, -1].float().log_softmax(-1)
 
         expected = [forward(ids, mask, positions).repeat_interleave(samples, 0)]

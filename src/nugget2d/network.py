@@ -23,7 +23,7 @@ from nugget2d.memory import Fingerprint
 from nugget2d.parameters import make_parameters
 from nugget2d.segmentation import detokenize, tokenize, tokenize_after
 from nugget2d.selection import SCORED, Scorer, select
-from nugget2d.support import check_supported, position_table, sliding_window
+from nugget2d.support import as_cache, check_supported, position_table, sliding_window
 
 PromptName = Literal["reconstruct", "continue"]
 
@@ -168,7 +168,7 @@ class Network(nn.Module):
                 inputs_embeds=embeds,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
+                **as_cache(body, cache),
                 use_cache=True,
             )
         return cache
@@ -207,7 +207,7 @@ class Network(nn.Module):
                 inputs_embeds=embeds,
                 attention_mask=mask,
                 position_ids=positions.expand(batch, queries),
-                past_key_values=cache,
+                **as_cache(lm, cache),
                 use_cache=cache is not None,
             ).logits
 

@@ -13,6 +13,7 @@ from nugget2d.losses import token_losses
 from nugget2d.memory import Memory
 from nugget2d.network import Network
 from nugget2d.states import States
+from nugget2d.support import as_cache
 
 # Segments decoded side by side.
 BATCH_ROWS = 64
@@ -189,7 +190,7 @@ def _replay(model: Network, rows: Sequence[SegmentRef]) -> list[list[int]]:
                 inputs_embeds=embeds,
                 attention_mask=mask,
                 position_ids=torch.full((len(rows), 1), step, device=model.device),
-                past_key_values=cache,
+                **as_cache(lm, cache),
                 use_cache=True,
             ).logits[:, -1]
             token = torch.where(forced[:, step] >= 0, forced[:, step], logits.argmax(-1))

@@ -1,10 +1,12 @@
 """Which language models can be wrapped, and how far their positions reach; the others are refused, with the reason."""
 
 import inspect
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from nugget2d.config import NuggetConfig
 from nugget2d.errors import ModelError
@@ -25,10 +27,10 @@ def check_supported(lm: PreTrainedModel, config: NuggetConfig) -> None:
         raise ModelError(f"{name} is not a decoder-only language model; use a causal LM")
     if text is not lm.config:
         raise ModelError(f"{name} is more than a language model; load its text part alone, e.g. as *ForCausalLM")
-    accepts = inspect.signature(lm.forward).parameters
-    if getattr(lm, "_is_stateful", False) or not {"past_key_values", "position_ids", "inputs_embeds"} <= set(accepts):
+    needed = {*as_cache(lm, None), "position_ids", "inputs_embeds"}
+    if getattr(lm, "_is_stateful", False) or not needed <= _accepted(type(lm).forward):
         raise ModelError(
-            f"{name} does not keep one key and value per token at a position of the caller's choice (past_key_values, "
+            f"{name} does not keep one key and value per token at a position of the caller's choice (cache, "
             "position_ids, inputs_embeds); use an attention model with rotary positions"
         )
     if getattr(text, "alibi", False):
@@ -53,6 +55,19 @@ def check_supported(lm: PreTrainedModel, config: NuggetConfig) -> None:
         raise ModelError(
             f"scorer_layer is {config.scorer_layer}, but {name} has {text.num_hidden_layers} layers; lower it"
         )
+
+
+def as_cache(lm: PreTrainedModel, cache: Cache | None) -> dict[str, Cache | None]:
+    """The keyword argument by which the forward pass of `lm` takes its cache.
+
+    "cache" since transformers 5.24, if the model's code knows that name; before it was "past_key_values".
+    """
+    return {"cache" if "cache" in _accepted(type(lm).forward) else "past_key_values": cache}
+
+
+@lru_cache
+def _accepted(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def sliding_window(lm: PreTrainedModel) -> int | None:

@@ -19,6 +19,7 @@ from nugget2d.memory import Memory
 from nugget2d.network import Network
 from nugget2d.parameters import Role
 from nugget2d.reading import placed_nuggets
+from nugget2d.support import as_cache
 
 
 class _RoomyLayer(DynamicLayer):
@@ -96,7 +97,7 @@ def _write(model: Network, role: Role, cache: Cache, embeds: Tensor, position: i
             logits = lm(
                 inputs_embeds=embeds,
                 position_ids=torch.arange(position, end, device=model.device)[None],
-                past_key_values=cache,
+                **as_cache(lm, cache),
                 use_cache=True,
                 logits_to_keep=1,
             ).logits

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from nugget2d.network import Network
 from nugget2d.parameters import Role
+from nugget2d.support import as_cache
 
 
 class Slots(DynamicCache):
@@ -131,7 +132,7 @@ def read(model: Network, role: Role, slots: Slots, embeds: Tensor, positions: Se
             inputs_embeds=embeds,
             attention_mask=slots.mask(queries, model.mask_like(embeds)),
             position_ids=first + torch.arange(queries, device=embeds.device),
-            past_key_values=slots,
+            **as_cache(lm, slots),
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]

@@ -23,6 +23,7 @@ from nugget2d.errors import InputError
 from nugget2d.network import Network
 from nugget2d.parameters import Role
 from nugget2d.streaming.layout import NEVER, Keys, Layout, Queries, joined
+from nugget2d.support import as_cache
 
 Way = Literal["chunked", "flex", "dense"]
 _NOBODY = (NEVER, 0, 0)  # as `Keys`: padding, seen by no query
@@ -249,6 +250,6 @@ def _logits(lm: PreTrainedModel, embeds: Tensor, positions: Tensor, cache: Dynam
         inputs_embeds=embeds,
         attention_mask=mask,
         position_ids=positions.expand(len(embeds), -1),
-        past_key_values=cache,
+        **as_cache(lm, cache),
         use_cache=True,
     ).logits

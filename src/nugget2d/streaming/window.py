@@ -17,6 +17,7 @@ from nugget2d.cache import Nuggets, cached_states
 from nugget2d.network import Network
 from nugget2d.parameters import Role
 from nugget2d.streaming.past import Past
+from nugget2d.support import as_cache
 
 
 @dataclass(eq=False)
@@ -133,7 +134,7 @@ class Window:
                 return lm(
                     inputs_embeds=embeds,
                     position_ids=position + steps[None],
-                    past_key_values=self.cache,
+                    **as_cache(lm, self.cache),
                     use_cache=True,
                     logits_to_keep=logits_to_keep,
                 ).logits[0]

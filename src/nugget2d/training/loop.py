@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from nugget2d.errors import RecipeError
 from nugget2d.files import atomic_write
+from nugget2d.precision import mixed_precision
 from nugget2d.training.plot import plot_log
 from nugget2d.training.recipe import Stage
 from nugget2d.training.schedule import learning_rate_factor
@@ -158,7 +159,7 @@ class _Run:
         for micro in mine:
             shared = self._generator(0)
             own = self._generator(micro) if micro else shared
-            with torch.autocast(self.device, torch.bfloat16):
+            with mixed_precision(self.device):
                 loss, parts = self.spread.run(partial(self.task.loss, self.progress, shared, own))
             (loss / len(mine)).backward()
             for key, value in (parts | {"loss": float(loss.detach())}).items():
@@ -180,7 +181,7 @@ class _Run:
 
     def _evaluate(self) -> dict[str, Any]:
         self.task.module.eval()
-        with torch.no_grad(), torch.autocast(self.device, torch.bfloat16):
+        with torch.no_grad(), mixed_precision(self.device):
             return self.spread.run(self.task.evaluate)
 
     def save(self) -> None:

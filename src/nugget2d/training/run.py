@@ -15,6 +15,7 @@ from nugget2d.baselines.slots import SlotMemory
 from nugget2d.config import MemoryKind
 from nugget2d.errors import RecipeError
 from nugget2d.model import Nugget2D
+from nugget2d.precision import has_fast_bfloat16
 from nugget2d.training.addressing import address_slots
 from nugget2d.training.corpus import Pack, make_pack
 from nugget2d.training.growth import grow
@@ -94,7 +95,8 @@ def fit_recipe(
     torch.manual_seed(recipe.seed)
     console = Console(stderr=True, quiet=not processes.first)
     device = processes.device.type
-    console.print(f"{recipe.name}: {processes.count} x {device}, results in {folder}")
+    precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
+    console.print(f"{recipe.name}: {processes.count} x {device}, {precision}, results in {folder}")
     if not processes.first:
         processes.wait()
     tokenizer = prepare_pack(recipe, home, pack)

@@ -15,6 +15,7 @@ from nugget2d.losses import token_losses
 from nugget2d.network import Network
 from nugget2d.streaming.layout import Layout
 from nugget2d.streaming.parallel import mixed_logits
+from nugget2d.support import as_cache
 
 SINKS = 4
 
@@ -47,7 +48,7 @@ class Sinks:
         """The sinks once for each view after the first, as if they were the only nuggets within its reach."""
         cache = DynamicCache(config=self.model.lm.config)
         with self.model.parameters_by_role.role("base") as lm:
-            lm(input_ids=ids[None, :SINKS], past_key_values=cache, use_cache=True)
+            lm(input_ids=ids[None, :SINKS], **as_cache(lm, cache), use_cache=True)
         keys, values = ([layer.repeat(1, 1, layout.segments, 1) for layer in states] for states in cached_states(cache))
         # whole tokens of view v begin at v * chunk + 1, see `Layout.tokens`; sink i was read at i
         view = torch.arange(1, layout.views, device=ids.device).repeat_interleave(SINKS)
