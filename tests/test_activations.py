@@ -14,11 +14,11 @@ import tiny
 from nugget2d import Nugget2D
 from nugget2d.cache import Nuggets
 from nugget2d.training.activations import offloaded, recomputed
-from nugget2d.training.objectives import continue_loss, lm_loss, reconstruct_loss
+from nugget2d.training.objectives import Contexts, continue_loss, lm_loss, reconstruct_loss
 
-Contexts = Callable[[Nugget2D], list[AbstractContextManager[object]]]
+Managers = Callable[[Nugget2D], list[AbstractContextManager[object]]]
 CASES = [("llama", "copies"), ("llama", "lora"), ("gpt2", "lora"), ("neox", "lora"), ("gemma3", "copies")]
-WAYS: dict[str, Contexts] = {
+WAYS: dict[str, Managers] = {
     "recomputed": lambda model: [recomputed(model.parameters_by_role)],
     "offloaded": lambda model: [offloaded()],
     "both": lambda model: [offloaded(), recomputed(model.parameters_by_role)],
@@ -29,7 +29,7 @@ def loss(model: Nugget2D) -> Tensor:
     """Every pass that training makes: scorer, encoder, decoder with a memory and without."""
     generator, ids = torch.Generator().manual_seed(3), tiny.random_ids(2, 24)
     learned, _ = reconstruct_loss(model, ids[:, :16], [5, 3], "learned", generator)
-    random = continue_loss(model, ids, 1, 16, [4, 4], "random", generator)
+    random = continue_loss(model, Contexts(ids, 1, 16, [4, 4], "random", generator))
     return learned + random + lm_loss(model, ids)
 
 

@@ -17,7 +17,7 @@ from nugget2d.errors import ModelError, RecipeError
 from nugget2d.evaluation.held_out import held_out_figures
 from nugget2d.network import Encoded
 from nugget2d.selection import even_ends
-from nugget2d.training.objectives import continue_loss, distill_loss, reconstruct_loss
+from nugget2d.training.objectives import Contexts, continue_loss, distill_loss, reconstruct_loss
 from nugget2d.training.run import fit_recipe, load_recipe, train
 from test_training import PHASE, small_recipe
 
@@ -186,7 +186,7 @@ def test_baselines_train_by_every_objective_and_are_measured(tmp_path: Path, kin
 def test_distillation_is_both_divergences_from_the_lm_with_the_whole_context() -> None:
     model = tiny.trained("llama", "copies")
     ids = tiny.random_ids(2, 24)
-    loss = distill_loss(model, ids, 1, 16, [4, 4], "even", torch.Generator())
+    loss = distill_loss(model, Contexts(ids, 1, 16, [4, 4], "even", torch.Generator()))
     weight = model.lm.lm_head.weight
     (gradient,) = torch.autograd.grad(loss, weight)
 
@@ -212,5 +212,6 @@ def test_distillation_is_zero_for_a_student_that_predicts_what_its_teacher_does(
         return everything[:, -tokens.shape[1] - 1 :] if prompt else everything
 
     monkeypatch.setattr(llama, "decode", all_seeing)
-    assert distill_loss(llama, ids, 1, 16, [4, 4], "even", torch.Generator()).item() == pytest.approx(0, abs=1e-6)
-    assert continue_loss(llama, ids, 1, 16, [4, 4], "even", torch.Generator()) > 1
+    contexts = Contexts(ids, 1, 16, [4, 4], "even", torch.Generator())
+    assert distill_loss(llama, contexts).item() == pytest.approx(0, abs=1e-6)
+    assert continue_loss(llama, contexts) > 1

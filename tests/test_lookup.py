@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -177,7 +178,7 @@ def by_hand(
                 for j in range(view * layout.chunk, t + 1):
                     place = whole if j and text[j - 1] == token else others
                     place.append(score(keys[row, j, head]))
-                for segment in range(view if encoded else 0):
+                for segment in range(max(0, view - (layout.reach or view)), view if encoded else 0):
                     number = row * layout.segments + segment
                     ends = encoded.index[number].tolist()
                     for one, (end, last) in enumerate(zip(ends, [-1, *ends], strict=False)):
@@ -197,16 +198,18 @@ def by_hand(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("reach", [None, 1])
 @pytest.mark.parametrize("way", ["chunked", "dense"])
-def test_the_loss_of_a_stream(after: Nugget2D, way: str) -> None:
-    ids = tiny.random_ids(2, LAYOUT.length) % 9 + 1  # few kinds of tokens: matches near and far
-    rows = ids[:, : LAYOUT.segments * LAYOUT.chunk].reshape(-1, LAYOUT.chunk)
-    encoded = after.encode(rows, [LAYOUT.chunk] * 6, [2] * 6, selection="random")
-    nuggets = join_rows(after, encoded.nuggets, 2, LAYOUT.segments, LAYOUT.chunk)
+def test_the_loss_of_a_stream(after: Nugget2D, way: str, reach: int | None) -> None:
+    layout = replace(LAYOUT, reach=reach)
+    ids = tiny.random_ids(2, layout.length) % 9 + 1  # few kinds of tokens: matches near and far
+    rows = ids[:, : layout.segments * layout.chunk].reshape(-1, layout.chunk)
+    encoded = after.encode(rows, [layout.chunk] * 6, [2] * 6, selection="random")
+    nuggets = join_rows(after, encoded.nuggets, 2, layout.segments, layout.chunk)
     with inputs_of(lookup_keys(after)) as heard:
-        mixed_logits(after, nuggets, ids, LAYOUT, way)
-    loss = lookup_loss(after, heard[-1], ids, LAYOUT, encoded, torch.Generator())
-    assert float(loss) == pytest.approx(by_hand(after, ids, LAYOUT, heard[-1], encoded, 3), rel=1e-4)
+        mixed_logits(after, nuggets, ids, layout, way)
+    loss = lookup_loss(after, heard[-1], ids, layout, encoded, torch.Generator())
+    assert float(loss) == pytest.approx(by_hand(after, ids, layout, heard[-1], encoded, 3), rel=1e-4)
 
 
 def test_a_nugget_learns_to_say_what_a_whole_token_says(after: Nugget2D) -> None:

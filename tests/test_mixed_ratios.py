@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import tiny
 from nugget2d import Nugget2D
 from nugget2d.training.corpus import Pack
-from nugget2d.training.objectives import continue_loss, reconstruct_loss
+from nugget2d.training.objectives import Contexts, continue_loss, reconstruct_loss
 from nugget2d.training.readout import readout_loss
 from nugget2d.training.recipe import CompressStage
 from nugget2d.training.run import compile_blocks
@@ -34,7 +34,7 @@ def test_segments_of_a_mixed_batch_are_joined_as_they_are_alone(llama: Nugget2D)
     ids = tiny.random_ids(3, 2 * 16 + 8)
 
     def loss(rows: Tensor, counts: list[int]) -> float:
-        return continue_loss(llama, rows, 2, 16, counts, "even", torch.Generator()).item()
+        return continue_loss(llama, Contexts(rows, 2, 16, counts, "even", torch.Generator())).item()
 
     alone = [loss(ids[row : row + 1], [count]) for row, count in enumerate(COUNTS)]
     assert loss(ids, COUNTS) == pytest.approx(sum(alone) / 3, abs=1e-5)

@@ -9,14 +9,18 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 import tiny
 from nugget2d import Nugget2D
 from nugget2d.errors import ModelError, RecipeError
+from nugget2d.streaming.layout import Layout
+from nugget2d.training import tasks
 from nugget2d.training.corpus import Pack, documents, make_pack
-from nugget2d.training.recipe import OptimConfig, RatioConfig, Source, load_recipe
+from nugget2d.training.recipe import CompressStage, OptimConfig, RatioConfig, Source, load_recipe
 from nugget2d.training.run import fit_recipe, train
 from nugget2d.training.schedule import choose, learning_rate_factor, sample_ratio
+from nugget2d.training.tasks import CompressTask
 
 HOME = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted([*HOME.glob("*.yaml"), *HOME.glob("stories/*.yaml")])
@@ -233,6 +237,29 @@ def test_streams_are_trained(tmp_path: Path) -> None:
     stream = model.stream(16, 4)
     stream.append(LINE * 8)
     assert stream.num_nuggets > 0
+
+
+def test_streams_are_as_they_will_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step draws one of the values of `tau`, `chunk`, `ratio` and `reach`."""
+    drawn: set[tuple[int, int, int | None, int]] = set()
+
+    def watched(model: Nugget2D, ids: Tensor, layout: Layout, count: int, *others: object) -> tuple[Tensor, None]:
+        drawn.add((layout.tau, layout.chunk, layout.reach, count))
+        return ids.float().sum(), None
+
+    monkeypatch.setattr(tasks, "stream_loss", watched)
+    phase = {"objectives": {"stream": 1}, "windows": {32: 1}}
+    streams = {"tau": {8: 1}, "chunk": {8: 1, 16: 1}, "ratio": {4: 1, 8: 1}, "reach": {1: 1, 3: 1}, "context": 32}
+    stage = CompressStage(tokens=64, batch_tokens=64, optim={"lr": 1e-3}, phases=[phase], streams=streams)
+    (tmp_path / "done").write_text("uint16")
+    (tmp_path / "text.bin").write_bytes(bytes(1000))
+    pack = Pack(tmp_path / "text.bin")
+    task = CompressTask(tiny.make("llama", "copies"), stage, pack, pack)
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        task.loss(0.0, generator, generator)
+    counts = {(8, 4): 2, (8, 8): 1, (16, 4): 4, (16, 8): 2}
+    assert drawn == {(8, chunk, reach, count) for (chunk, _), count in counts.items() for reach in (1, 3)}
 
 
 def test_slots_need_two_copies(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ All take (B, n) ids on the model's device and return mean nats per token.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,57 +28,63 @@ def reconstruct_loss(
     return token_losses(logits, ids).mean(), encoded
 
 
-def continue_loss(
-    model: Network,
-    ids: Tensor,
-    segments: int,
-    length: int,
-    counts: Sequence[int],
-    selection: SelectionName,
-    generator: torch.Generator,
-) -> Tensor:
-    """Continuation: `segments` windows of `length` tokens are compressed one by one and joined; predict what follows.
+@dataclass(frozen=True, eq=False)
+class Contexts:
+    """Texts whose beginnings are compressed, window by window.
 
-    Row i has counts[i] nuggets in each of its segments.
+    Attributes:
+        ids: (B, n).
+        segments: how many windows are compressed.
+        length: tokens of each window.
+        counts: nuggets of each of a row's windows, B numbers.
+        selection: which tokens they are.
+        generator: for random selection.
     """
-    logits = _continuation(model, ids, segments, length, counts, selection, generator)
-    return token_losses(logits, ids[:, segments * length :]).mean()
+
+    ids: Tensor
+    segments: int
+    length: int
+    counts: Sequence[int]
+    selection: SelectionName
+    generator: torch.Generator
+
+    @property
+    def end(self) -> int:
+        """Where the rest of the text begins."""
+        return self.segments * self.length
+
+    def memories(self, model: Network) -> tuple[Nuggets, Encoded]:
+        """The joined memories of the windows; and what was joined, a row for each window."""
+        rows = self.ids[:, : self.end].reshape(-1, self.length)
+        each = [count for count in self.counts for _ in range(self.segments)]
+        encoded = model.encode(
+            rows, [self.length] * len(rows), each, selection=self.selection, generator=self.generator
+        )
+        return join_rows(model, encoded.nuggets, len(self.ids), self.segments, self.length), encoded
 
 
-def distill_loss(
-    model: Network,
-    ids: Tensor,
-    segments: int,
-    length: int,
-    counts: Sequence[int],
-    selection: SelectionName,
-    generator: torch.Generator,
-) -> Tensor:
+def continue_loss(model: Network, contexts: Contexts) -> Tensor:
+    """Continuation: predict what follows the windows from their memories."""
+    return token_losses(_continuation(model, contexts), contexts.ids[:, contexts.end :]).mean()
+
+
+def distill_loss(model: Network, contexts: Contexts) -> Tensor:
     """Continuation that learns from the base, which sees the whole context, instead of from the text that follows.
 
     Mean of forward and reverse Kullback-Leibler divergence of the predictions (KV-Distill, arXiv 2503.10337). No
     gradient reaches the teacher; with copies it is the decoder's own weights, so `lm` must be trained beside it.
     """
-    student = _continuation(model, ids, segments, length, counts, selection, generator).float().log_softmax(-1)
+    student = _continuation(model, contexts).float().log_softmax(-1)
     with torch.no_grad():
-        teacher = model.decode(None, ids[:, :-1], prompt=None)[:, segments * length - 1 :].float().log_softmax(-1)
+        teacher = model.decode(None, contexts.ids[:, :-1], prompt=None)[:, contexts.end - 1 :].float().log_softmax(-1)
     difference = teacher - student
     return 0.5 * (difference * (teacher.exp() - student.exp())).sum(-1).mean()
 
 
-def _continuation(
-    model: Network,
-    ids: Tensor,
-    segments: int,
-    length: int,
-    counts: Sequence[int],
-    selection: SelectionName,
-    generator: torch.Generator,
-) -> Tensor:
-    """(B, n - segments * length, V): what the decoder predicts after the joined memories of the segments."""
-    target = ids[:, segments * length :]
-    nuggets, _ = _memories(model, ids, segments, length, counts, selection, generator)
-    return model.decode(nuggets, target[:, :-1], prompt="continue", start=segments * length)
+def _continuation(model: Network, contexts: Contexts) -> Tensor:
+    """(B, n - end, V): what the decoder predicts after the memories."""
+    target = contexts.ids[:, contexts.end :]
+    return model.decode(contexts.memories(model)[0], target[:, :-1], prompt="continue", start=contexts.end)
 
 
 def stream_loss(
@@ -89,29 +96,10 @@ def stream_loss(
     behind as nuggets, and at least tau tokens before it whole. The loss is of those that see nuggets. Returned with it
     are the nuggets, a row for each segment.
     """
-    counts = [count] * len(ids)
-    nuggets, encoded = _memories(model, ids, layout.segments, layout.chunk, counts, selection, generator)
+    contexts = Contexts(ids, layout.segments, layout.chunk, [count] * len(ids), selection, generator)
+    nuggets, encoded = contexts.memories(model)
     first = layout.tau + layout.chunk
     return token_losses(mixed_logits(model, nuggets, ids, layout)[:, first:-1], ids[:, first + 1 :]).mean(), encoded
-
-
-def _memories(
-    model: Network,
-    ids: Tensor,
-    segments: int,
-    length: int,
-    counts: Sequence[int],
-    selection: SelectionName,
-    generator: torch.Generator,
-) -> tuple[Nuggets, Encoded]:
-    """The joined memories of the first `segments` windows of `length` tokens, counts[i] nuggets of each in row i.
-
-    Returned with them is what was joined, a row for each window.
-    """
-    rows = ids[:, : segments * length].reshape(-1, length)
-    each = [count for count in counts for _ in range(segments)]
-    encoded = model.encode(rows, [length] * len(rows), each, selection=selection, generator=generator)
-    return join_rows(model, encoded.nuggets, len(ids), segments, length), encoded
 
 
 def lm_loss(model: Network, ids: Tensor) -> Tensor:

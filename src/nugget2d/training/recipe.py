@@ -147,16 +147,20 @@ class RatioConfig(Frozen):
 
 
 class StreamConfig(Frozen):
-    """What streams look like in training; every step draws a `tau` and a `chunk`, value -> weight.
+    """What streams look like in training; every step draws one of each, value -> weight.
 
     Attributes:
         tau: whole tokens before a chunk.
         chunk: tokens that leave the window at a time, to be compressed.
+        ratio: tokens of a nugget; None takes the stage's `ratios`.
+        reach: how many chunks of nuggets are seen, as by a stream with `max_nuggets`; None shows all.
         context: about so many tokens become nuggets: as many chunks as it holds.
     """
 
     tau: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]] = Field(default={128: 1.0}, min_length=1)
     chunk: dict[Annotated[int, Field(ge=8)], Annotated[float, Field(gt=0)]] = Field(default={128: 1.0}, min_length=1)
+    ratio: dict[Annotated[float, Field(ge=1)], Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
+    reach: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
     context: int = Field(default=1024, ge=8)
 
     @model_validator(mode="after")
@@ -165,9 +169,9 @@ class StreamConfig(Frozen):
             raise ValueError(f"a chunk of {max(self.chunk)} tokens does not fit into a context of {self.context}")
         return self
 
-    def layout(self, tau: int, chunk: int) -> Layout:
+    def layout(self, tau: int, chunk: int, reach: int | None = None) -> Layout:
         """The text of one step."""
-        return Layout(tau=tau, chunk=chunk, views=self.context // chunk + 1)
+        return Layout(tau=tau, chunk=chunk, views=self.context // chunk + 1, reach=reach)
 
     @property
     def longest(self) -> int:

@@ -19,7 +19,14 @@ from nugget2d.streaming.layout import Layout
 from nugget2d.training.activations import offloaded, recomputed
 from nugget2d.training.corpus import Pack
 from nugget2d.training.lookup import lookup_keys, lookup_loss, voice_loss
-from nugget2d.training.objectives import continue_loss, distill_loss, lm_loss, reconstruct_loss, stream_loss
+from nugget2d.training.objectives import (
+    Contexts,
+    continue_loss,
+    distill_loss,
+    lm_loss,
+    reconstruct_loss,
+    stream_loss,
+)
 from nugget2d.training.readout import readout_loss
 from nugget2d.training.recipe import CompressStage, Objective, PretrainStage
 from nugget2d.training.schedule import choose, sample_ratio
@@ -101,7 +108,7 @@ class CompressTask:
             ids = torch.randint(len(self.model.tokenizer), ids.shape, generator=own).to(ids.device)
         with self._activations():
             if going_on:
-                loss = GOING_ON[objective](self.model, ids, segments, length, counts, selection, own)
+                loss = GOING_ON[objective](self.model, Contexts(ids, segments, length, counts, selection, own))
             else:
                 loss, encoded = reconstruct_loss(self.model, ids, counts, selection, own)
                 if stage.readout:
@@ -120,7 +127,10 @@ class CompressTask:
         self, progress: float, ratio: float, selection: SelectionName, shared: torch.Generator, own: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
         streams = self.stage.streams
-        layout = streams.layout(choose(streams.tau, shared), choose(streams.chunk, shared))
+        reach = None if streams.reach is None else choose(streams.reach, shared)
+        layout = streams.layout(choose(streams.tau, shared), choose(streams.chunk, shared), reach)
+        if streams.ratio is not None:
+            ratio = choose(streams.ratio, shared)
         count = count_nuggets([layout.chunk], ratio)[0]
         ids = self._draw(layout.length, own)
         with self._activations(), self._heard() as heard:
