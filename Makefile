@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: .venv/demo.stamp
 	$(BIN)/nugget2d demo
 
+# a process for each core, which OpenMP threads would only hold up; a file's tests stay together, for they share models
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check

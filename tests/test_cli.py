@@ -78,13 +78,15 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'transformers', 'pydantic', 'numpy', 'safetensors'} & set(sys.modules)))"
     )
-    seconds = []
-    for _ in range(5):
+    # beside what any program with such help must load, on whatever machine this is
+    seconds: dict[str, list[float]] = {probe: [], "import typer.rich_utils": []}
+    for code, taken in list(seconds.items()) * 5:
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", probe, "--help"], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
-        assert done.stdout.splitlines()[-1] == "[]"
-    assert min(seconds) < 0.5
+        done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+        taken.append(time.perf_counter() - start)
+        assert code != probe or done.stdout.splitlines()[-1] == "[]"
+    help_alone, loading = map(min, seconds.values())
+    assert help_alone < 3 * loading
 
 
 def test_the_package_is_the_command() -> None:
