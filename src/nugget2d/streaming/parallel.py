@@ -48,7 +48,8 @@ def mixed_logits(
         nuggets: (B, segments * count) unpadded, keys at their positions in the text; None with one view.
         ids: (B, layout.length) tokens.
         layout: how the text is cut.
-        way: None takes flex on CUDA, chunked elsewhere and where a gradient has to reach the scorer.
+        way: None takes flex on CUDA, chunked elsewhere, without nuggets (short texts, which FlexAttention may have no
+            kernel for) and where a gradient has to reach the scorer.
         role: who reads; the base has no heads before its whole tokens.
 
     Returns:
@@ -61,7 +62,7 @@ def mixed_logits(
         raise InputError(f"{ids.shape[1]} tokens, but the layout is one of {layout.length}")
     model.require_positions(layout.length + 1, slots=layout.length + 1)
     if way is None:
-        way = "flex" if ids.is_cuda and (nuggets is None or nuggets.bias is None) else "chunked"
+        way = "flex" if ids.is_cuda and nuggets is not None and nuggets.bias is None else "chunked"
     if way == "chunked":
         return _by_rows(model, nuggets, ids, layout, role)
     return _in_one_row(model, nuggets, ids, layout, way, role)
