@@ -8,6 +8,7 @@ Replaces what stands between `<!-- table NAME -->` and `<!-- end -->`; a test ho
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,20 @@ def long_stream() -> str:
     return markdown_table(header, rows)
 
 
+def streaming_mask_cuda() -> str:
+    """All ways to read a stream in training, on a GPU."""
+    header = ["tokens", "nuggets", *(f"{way}, ms" for way in ("chunked", "flex", "dense"))]
+    rows = [
+        [
+            f"{r['tokens']:,}",
+            r["nuggets"],
+            *(f"{1000 * (r[f'{way}_s'] - r['head_s']):.0f}" for way in ("chunked", "flex", "dense")),
+        ]
+        for r in _read("cuda/streaming_mask.json")["results"]
+    ]
+    return markdown_table(header, rows)
+
+
 def streaming_mask() -> str:
     """Chunks that gather their keys against one dense mask."""
     rows = [
@@ -219,7 +234,7 @@ def refinement() -> str:
     return markdown_table([*header, "next 64 tokens, nats", "no memory", "all"], rows)
 
 
-def speed() -> str:
+def speed(report: str = "speed.json") -> str:
     """Compressing and decoding against a plain prefill and a full cache."""
     columns = {
         "tokens": "tokens",
@@ -233,7 +248,7 @@ def speed() -> str:
         "full cache bytes": "full_cache_bytes",
         "memory file bytes": "memory_file_bytes",
     }
-    rows = [[_figure(r[key]) for key in columns.values()] for r in _read("speed.json")["results"]]
+    rows = [[_figure(r[key]) for key in columns.values()] for r in _read(report)["results"]]
     return markdown_table(list(columns), rows)
 
 
@@ -287,8 +302,10 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "bounded-states": bounded_states,
     "long-stream": long_stream,
     "streaming-mask": streaming_mask,
+    "streaming-mask-cuda": streaming_mask_cuda,
     "refinement": refinement,
     "speed": speed,
+    "speed-cuda": partial(speed, "cuda/speed.json"),
     "breakeven": breakeven,
     "serving": serving,
     "indexing": indexing,
