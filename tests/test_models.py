@@ -11,6 +11,7 @@ import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import ContextWarning, InputError, ModelError, OutputError
 from nugget2d.reading import text_nuggets
+from nugget2d.segmentation import tokenize
 from nugget2d.support import as_cache
 
 V = len(tiny.tokenizer())
@@ -406,6 +407,18 @@ def test_an_abandoned_stream_stops() -> None:
 def test_an_error_in_a_stream_reaches_the_reader(llama: Nugget2D) -> None:
     with pytest.raises(InputError):
         list(llama.generate("The", stream=True, no_such_option=1))
+
+
+def test_a_stream_goes_on_behind_a_line_end(llama: Nugget2D) -> None:
+    text = "one, two\n three\n\nfour"
+    ids = tokenize(llama.tokenizer, text)[0]
+
+    def recite(before: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([ids[before.shape[1]]]), 0)
+
+    options = {"logits_processor": hf.LogitsProcessorList([recite])}
+    pieces = llama.generate("The", max_new_tokens=len(ids), stream=True, **options)
+    assert "".join(pieces) == text
 
 
 def test_a_name_too_long_is_an_unknown_model() -> None:

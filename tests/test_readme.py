@@ -40,7 +40,7 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     lines = [line.split("  #")[0] for block in blocks("sh")[1:3] for line in block.splitlines()]
     assert len(lines) >= 12
     for line in (line for line in lines if not line.startswith(long)):
-        result = CliRunner().invoke(app, shlex.split(line)[1:])
+        result = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
         assert result.exit_code == 0, result.output
     assert (tmp_path / "copy.txt").stat().st_size > 1000
     assert "<html" in (tmp_path / "nuggets.html").read_text(encoding="utf-8")

@@ -71,8 +71,9 @@ class _After:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
 
-    def decode(self, ids: list[int]) -> str:
-        return detokenize_after(self.tokenizer, ids)
+    def decode(self, ids: int | list[int]) -> str:
+        # since transformers 5.24 a streamer also asks for the token of a line end, by itself
+        return detokenize_after(self.tokenizer, [ids] if isinstance(ids, int) else ids)
 
 
 def _stream(run: Callable[..., Tensor], model: Network) -> Iterator[str]:
