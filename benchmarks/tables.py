@@ -170,6 +170,18 @@ def bounded_states() -> str:
     return page[page.index("Perplexity per token") :].replace("\n## ", "\n### ").strip()
 
 
+def shares() -> str:
+    """Nats by how many of the states are nuggets."""
+    lines: dict[tuple[Any, ...], dict[float, float]] = {}
+    for path in sorted(RESULTS.glob("shares/*.json"), reverse=True):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        for r in sorted(report["results"], key=lambda r: -r["states"]):
+            lines.setdefault((report["corpus"], r["states"], r["method"]), {})[r["share"]] = r["nats"]
+    columns = sorted(next(iter(lines.values())))
+    header = ["corpus", "states", "method", *(f"{share:g}" if share else "none" for share in columns)]
+    return markdown_table(header, [[*place, *(f"{nats[c]:.3f}" for c in columns)] for place, nats in lines.items()])
+
+
 def long_stream() -> str:
     """A novel, by position: nats, time and bytes of every way to read it."""
     ways = _read("streams/streaming.json")["results"]
@@ -232,6 +244,17 @@ def refinement() -> str:
         for r in _read("refinement.json")["results"]
     ]
     return markdown_table([*header, "next 64 tokens, nats", "no memory", "all"], rows)
+
+
+def overlap() -> str:
+    """Documents by how many passages of theirs were trained on."""
+    results = _read("overlap.json")["results"]
+    counts = sorted({int(count) for r in results for count in r["documents_by_passages_found"]})
+    rows = [
+        [r["corpus"], r["documents"], *(r["documents_by_passages_found"].get(str(count), 0) for count in counts)]
+        for r in results
+    ]
+    return markdown_table(["corpus", "documents", *(f"{count} found" for count in counts)], rows)
 
 
 def speed(report: str = "speed.json") -> str:
@@ -300,10 +323,12 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "selection-bound": selection_bound,
     "novel": novel,
     "bounded-states": bounded_states,
+    "shares": shares,
     "long-stream": long_stream,
     "streaming-mask": streaming_mask,
     "streaming-mask-cuda": streaming_mask_cuda,
     "refinement": refinement,
+    "overlap": overlap,
     "speed": speed,
     "speed-cuda": partial(speed, "cuda/speed.json"),
     "breakeven": breakeven,

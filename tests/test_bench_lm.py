@@ -213,7 +213,7 @@ def test_the_command(tmp_path: Path) -> None:
 
     for wrong, saying in (
         (["--chunk", "10"], "other settings (chunk)"),
-        (["--share", "0.5"], "other settings (share)"),
+        (["--share", "0.25"], "other settings (share)"),
         (["--share", "0.02"], "another --share"),
         (["--states", "8000"], "contexts of"),
         (["--states", "few"], "--states takes numbers"),

@@ -90,7 +90,7 @@ def lm(
     chunk: Annotated[int, typer.Option("--chunk", min=1, help="Tokens between two slides, of all methods.")] = 20,
     share: Annotated[
         float, typer.Option("--share", min=0.01, max=0.99, help="The part of the states that are nuggets.")
-    ] = 0.1875,
+    ] = 0.5,
     tokens: Annotated[
         int, typer.Option("--tokens", min=1, help="Tokens scored of each corpus, in whole blocks.")
     ] = 100_000,
@@ -104,7 +104,7 @@ def lm(
     columns = tuple(_numbers(states, "--states", int))
     corpora, digests = {}, {}
     for source in data:
-        path, where = _parse_source(source)
+        path, where = parse_source(source)
         name = Path(source).name
         corpora[name], digests[name] = _documents(path, where)
     compressor = load_model(model)
@@ -181,7 +181,7 @@ def breakeven(
     say("wrote", f"{out}: breakeven.json, breakeven.md, breakeven.png")
 
 
-def _parse_source(source: str) -> tuple[Path, dict[str, str]]:
+def parse_source(source: str) -> tuple[Path, dict[str, str]]:
     """FILE, or FILE:FIELD=VALUE."""
     path, colon, condition = source.rpartition(":")
     field, equals, value = condition.partition("=")
