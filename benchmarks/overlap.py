@@ -57,12 +57,16 @@ def passages(text: str, count: int, length: int) -> list[str]:
 
 def most_in_one(held_out: Sequence[Sequence[str]], texts: Iterable[str], length: int) -> list[int]:
     """For each document the most of its passages, of `length` letters, that any one of the `texts` has."""
-    owner = {passage: number for number, found in enumerate(held_out) for passage in found}
+    owners: dict[str, set[int]] = {}
+    for number, found in enumerate(held_out):
+        for passage in found:
+            owners.setdefault(passage, set()).add(number)
     most = [0] * len(held_out)
     for text in texts:
         letters = _NO_LETTERS.sub("", text.lower())
         spans = (letters[start : start + length] for start in range(len(letters) - length + 1))
-        for number, count in Counter(owner[passage] for passage in {span for span in spans if span in owner}).items():
+        common = {span for span in spans if span in owners}
+        for number, count in Counter(number for passage in common for number in owners[passage]).items():
             most[number] = max(most[number], count)
     return most
 

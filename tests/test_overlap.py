@@ -10,6 +10,7 @@ def test_a_document_is_found_in_another() -> None:
     assert [len(found) for found in held_out] == [8, 8]
     changed = text.upper().replace(" ", " @-@ ").replace(",", " ,")
     assert most_in_one(held_out, ["Before. " + changed, text[: len(text) // 2]], length=20) == [8, 0]
+    assert most_in_one([held_out[0], held_out[0][:3]], [text], length=20) == [8, 3]
     assert 3 <= most_in_one(held_out, [text[: len(text) // 2]], length=20)[0] <= 5
     report = summary("a", [("a", held_out[0]), ("a", held_out[1]), ("b", held_out[1])], [8, 0, 0])
     assert report == {"corpus": "a", "documents": 2, "documents_by_passages_found": {0: 1, 8: 1}}
