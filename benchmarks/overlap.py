@@ -16,11 +16,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from nugget2d.cli.bench import parse_source
+from nugget2d.cli.bench import parse_source, read_documents
 from nugget2d.evaluation.report import write_report
 from nugget2d.evaluation.streaming.text import articles
 from nugget2d.training.corpus import documents
-from nugget2d.training.recipe import Source, load_recipe
+from nugget2d.training.recipe import load_recipe
 
 _NO_LETTERS = re.compile(r"[\W\d_]+")
 
@@ -37,8 +37,7 @@ def main() -> None:
 
     held_out: list[tuple[str, list[str]]] = []  # corpus and passages of each document
     for path, where in options.data:
-        source = Source(path=path.name, where=where)
-        texts = [part for text in documents(source, path.parent) for part in articles(text)]
+        texts = [part for text in read_documents(path, where)[0] for part in articles(text)]
         held_out += [(path.name, passages(text, options.passages, options.letters)) for text in texts]
     recipe = load_recipe(options.recipe)
     trained_on = chain.from_iterable(documents(source, options.recipe.parent) for source in recipe.data.train)
@@ -52,7 +51,8 @@ def passages(text: str, count: int, length: int) -> list[str]:
     """Up to `count` passages of `length` letters each, evenly spaced; none across what WikiText left out as <unk>."""
     stretches = [_NO_LETTERS.sub("", part.lower()) for part in text.split("<unk>")]
     found = [part[start : start + length] for part in stretches for start in range(0, len(part) - length + 1, length)]
-    return [found[index * len(found) // count] for index in range(count)] if len(found) >= count else found
+    count = min(count, len(found))
+    return [found[index * len(found) // count] for index in range(count)]
 
 
 def most_in_one(held_out: Sequence[Sequence[str]], texts: Iterable[str], length: int) -> list[int]:

@@ -14,15 +14,13 @@ import torch
 
 from nugget2d import Nugget2D
 from nugget2d.baselines.pooled import PooledMemory
-from nugget2d.cli.bench import parse_source
+from nugget2d.cli.bench import parse_source, read_documents
 from nugget2d.evaluation.report import write_report
 from nugget2d.evaluation.streaming.full import Full
 from nugget2d.evaluation.streaming.methods import COMPRESSIVE, OURS
 from nugget2d.evaluation.streaming.nuggets import Compressed
 from nugget2d.evaluation.streaming.reader import Budget
 from nugget2d.evaluation.streaming.text import articles, cut
-from nugget2d.training.corpus import documents
-from nugget2d.training.recipe import Source
 
 BLOCK = 2_048  # scored tokens
 
@@ -51,8 +49,7 @@ def main() -> None:
     ]
     warm_up = max(budget.text for budget in budgets)
     path, where = options.data
-    source = Source(path=path.name, where=where)
-    texts = [part for text in documents(source, path.parent) for part in articles(text)]
+    texts = [part for text in read_documents(path, where)[0] for part in articles(text)]
     blocks = cut(models[OURS].tokenizer, texts, warm_up, BLOCK, options.tokens)
     results = []
     for budget, (method, model) in product(budgets, models.items()):

@@ -51,7 +51,7 @@ def distortion(
         from nugget2d.evaluation.distortion_run import Settings, run_distortion
         from nugget2d.evaluation.distortion_tables import markdown
         from nugget2d.evaluation.plots import plot_distortion
-    texts, digest = _documents(data)
+    texts, digest = read_documents(data)
     settings = Settings(
         config=compressor.config,
         weights=compressor.fingerprint.model,
@@ -106,7 +106,7 @@ def lm(
     for source in data:
         path, where = parse_source(source)
         name = Path(source).name
-        corpora[name], digests[name] = _documents(path, where)
+        corpora[name], digests[name] = read_documents(path, where)
     compressor = load_model(model)
     with safe_to_interrupt():
         from nugget2d.baselines.pooled import PooledMemory
@@ -160,7 +160,7 @@ def breakeven(
         from nugget2d.evaluation.breakeven_plot import plot_breakeven
         from nugget2d.evaluation.breakeven_run import Settings, run_breakeven
         from nugget2d.evaluation.breakeven_tables import markdown, print_tables
-    texts, digest = _documents(data)
+    texts, digest = read_documents(data)
     settings = Settings(
         config=compressor.config,
         weights=compressor.fingerprint.model,
@@ -205,7 +205,7 @@ def _require_packages() -> None:
         raise InputError(f"bench needs {', '.join(missing)}: pip install 'nugget2d[bench]'")
 
 
-def _documents(data: Path | None, where: Mapping[str, str] | None = None) -> tuple[list[str], str]:
+def read_documents(data: Path | None, where: Mapping[str, str] | None = None) -> tuple[list[str], str]:
     """Texts, of records those with the values of `where`; and the SHA-256 of the bytes they come from."""
     if data is None:
         text = bundled_text()
