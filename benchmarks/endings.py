@@ -21,7 +21,7 @@ from nugget2d import Nugget2D
 from nugget2d.evaluation.report import markdown_table, write_report
 from nugget2d.evaluation.windows import sample_windows
 from nugget2d.integrations.lm_eval import NuggetLM
-from nugget2d.segmentation import detokenize_after, tokenize
+from nugget2d.text.segmentation import detokenize_after, tokenize
 from nugget2d.training.corpus import documents
 from nugget2d.training.recipe import Source
 

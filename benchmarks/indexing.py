@@ -25,7 +25,7 @@ from nugget2d.evaluation.report import markdown_table, write_report
 from nugget2d.indexing.documents import Document, documents
 from nugget2d.indexing.run import index
 from nugget2d.indexing.work import Job
-from nugget2d.support import as_cache
+from nugget2d.modeling.compatibility import as_cache
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from nugget2d.evaluation.fidelity import bleu
 from nugget2d.evaluation.report import markdown_table, write_report
 from nugget2d.evaluation.windows import Window, sample_windows
 from nugget2d.files import atomic_write
-from nugget2d.segmentation import tokenize
+from nugget2d.text.segmentation import tokenize
 from nugget2d.training.corpus import documents
 from nugget2d.training.recipe import Source
 

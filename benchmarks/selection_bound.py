@@ -18,9 +18,9 @@ from torch import Tensor
 from nugget2d import Nugget2D
 from nugget2d.evaluation.report import markdown_table, write_report
 from nugget2d.evaluation.windows import sample_windows
-from nugget2d.losses import token_losses
-from nugget2d.segmentation import tokenize
-from nugget2d.selection import count_nuggets, even_ends
+from nugget2d.modeling.losses import token_losses
+from nugget2d.modeling.selection import count_nuggets, even_ends
+from nugget2d.text.segmentation import tokenize
 from nugget2d.training.corpus import documents
 from nugget2d.training.recipe import Source
 

@@ -17,7 +17,7 @@ import torch
 from nugget2d import Nugget2D
 from nugget2d.evaluation.breakeven import Plan, device_clock, measure_context
 from nugget2d.evaluation.report import markdown_table, write_report
-from nugget2d.segmentation import detokenize
+from nugget2d.text.segmentation import detokenize
 from nugget2d.training.corpus import documents
 from nugget2d.training.recipe import Source
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from nugget2d import Nugget2D
-from nugget2d.cache import cached_states
 from nugget2d.evaluation.plots import plot_streams
 from nugget2d.evaluation.report import markdown_table, write_report
 from nugget2d.files import atomic_write
-from nugget2d.losses import token_losses
+from nugget2d.modeling.cache import cached_states
+from nugget2d.modeling.compatibility import as_cache
+from nugget2d.modeling.losses import token_losses
 from nugget2d.streaming.stream import Stream
-from nugget2d.support import as_cache
 from nugget2d.training.corpus import documents
 from nugget2d.training.recipe import Source
 

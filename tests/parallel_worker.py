@@ -4,8 +4,8 @@ import sys
 
 import torch
 
-from nugget2d import precision
 from nugget2d.cli.app import app
+from nugget2d.modeling import precision
 from nugget2d.training.processes import together
 
 torch.set_num_threads(1)

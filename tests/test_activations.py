@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import tiny
 from nugget2d import Nugget2D
-from nugget2d.cache import Nuggets
+from nugget2d.modeling.cache import Nuggets
 from nugget2d.training.activations import offloaded, recomputed
 from nugget2d.training.objectives import Contexts, continue_loss, lm_loss, reconstruct_loss
 

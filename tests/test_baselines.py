@@ -12,11 +12,11 @@ from nugget2d import Nugget2D
 from nugget2d.baselines.part import PartMemory
 from nugget2d.baselines.pooled import PooledMemory
 from nugget2d.baselines.slots import SlotMemory
-from nugget2d.cache import cached_states
 from nugget2d.errors import ModelError, RecipeError
 from nugget2d.evaluation.held_out import held_out_figures
-from nugget2d.network import Encoded
-from nugget2d.selection import even_ends
+from nugget2d.modeling.cache import cached_states
+from nugget2d.modeling.network import Encoded
+from nugget2d.modeling.selection import even_ends
 from nugget2d.training.objectives import Contexts, continue_loss, distill_loss, reconstruct_loss
 from nugget2d.training.run import fit_recipe, load_recipe, train
 from test_training import PHASE, small_recipe

@@ -9,12 +9,12 @@ from transformers import DynamicCache
 
 import tiny
 from nugget2d import Memory, Nugget2D
-from nugget2d.cache import Nuggets, gather_nuggets
-from nugget2d.encoding import pad
 from nugget2d.errors import ContextWarning, ModelError
-from nugget2d.losses import token_losses
-from nugget2d.reading import segment_nuggets, text_nuggets
-from nugget2d.support import as_cache
+from nugget2d.inference.reading import segment_nuggets, text_nuggets
+from nugget2d.methods.nugget.encoding import pad
+from nugget2d.modeling.cache import Nuggets, gather_nuggets
+from nugget2d.modeling.compatibility import as_cache
+from nugget2d.modeling.losses import token_losses
 
 SELECTIONS = ("learned", "window", "even", "random", "punctuation")
 close = pytest.approx

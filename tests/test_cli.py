@@ -21,7 +21,7 @@ from nugget2d.cli import options
 from nugget2d.cli.app import app
 from nugget2d.config import SelectionName
 from nugget2d.indexing.run import ENGINES, EngineName
-from nugget2d.states import StoreDtype
+from nugget2d.memory.states import StoreDtype
 
 SCRIPT = [sys.executable, "-c", "from nugget2d.cli.app import main; main()"]
 
@@ -178,7 +178,7 @@ def test_selection_is_passed_on(model: str, source: Path, tmp_path: Path) -> Non
 
 def test_fallback_is_one_warning_line(memories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # as on a machine that rounds differently: every guess goes wrong
-    monkeypatch.setattr("nugget2d.reading._replay", lambda model, rows: [[0] for _ in rows])
+    monkeypatch.setattr("nugget2d.inference.reading._replay", lambda model, rows: [[0] for _ in rows])
     result = run("reconstruct", memories / "exact.nugget")
     assert result.stdout_bytes == TEXT.encode()
     assert result.stderr.startswith("warning: ") and result.stderr.count("\n") == 1

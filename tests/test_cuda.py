@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from nugget2d import Nugget2D
-from nugget2d.losses import token_losses
+from nugget2d.modeling.losses import token_losses
 from nugget2d.streaming.layout import Layout
 from nugget2d.streaming.parallel import Way, mixed_logits
 from test_streaming_parts import nuggets_of

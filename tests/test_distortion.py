@@ -31,7 +31,7 @@ from nugget2d.evaluation.fidelity import bleu, bleu_counts, bleu_of_counts
 from nugget2d.evaluation.intervals import estimate
 from nugget2d.evaluation.teacher_forced import read_back, reconstruction_hits
 from nugget2d.evaluation.windows import Window, sample_windows
-from nugget2d.segmentation import tokenize
+from nugget2d.text.segmentation import tokenize
 
 IDS = tokenize(tiny.tokenizer(), tiny.TEXT)[0]
 

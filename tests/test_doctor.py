@@ -8,9 +8,9 @@ import transformers as hf
 from typer.testing import CliRunner
 
 import tiny
-from nugget2d import doctor
 from nugget2d.cli.app import app
-from nugget2d.doctor import Finding, examine
+from nugget2d.inspection import doctor
+from nugget2d.inspection.doctor import Finding, examine
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_model_that_misreads_nuggets_is_found_out(tmp_path: Path, monkeypatch:
     shape = {"vocab_size": len(tiny.tokenizer()), "hidden_size": 32, "num_layers": 2, "num_heads": 2}
     local = {"attention_types": [[["global", "local"], 1]], "window_size": 8, "initializer_range": 0.2}
     lm = hf.GPTNeoForCausalLM(hf.GPTNeoConfig(**shape, **local))
-    monkeypatch.setattr("nugget2d.network.check_supported", lambda lm, config: None)
+    monkeypatch.setattr("nugget2d.modeling.network.check_supported", lambda lm, config: None)
     report = examine(save(tmp_path / "base", lm), [])
     assert not report.usable
     assert "off by" in by_name(report.model)["reads nuggets exactly"].value
@@ -101,7 +101,7 @@ def test_more_threads_than_cores_are_too_many(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_missing_extra_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nugget2d.doctor.util.find_spec", lambda name: None)
+    monkeypatch.setattr("nugget2d.inspection.doctor.util.find_spec", lambda name: None)
     extras = [finding for finding in doctor._machine_findings() if finding.value == "not installed"]
     assert [finding.remedy for finding in extras] == ["pip install 'nugget2d[bench]'", "pip install 'bitsandbytes'"]
 

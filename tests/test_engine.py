@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 
 import tiny
 from nugget2d import Memory, Nugget2D
-from nugget2d.cache import Nuggets
 from nugget2d.errors import InputError, OverloadError, ShutdownError, TimeLimitError
-from nugget2d.reading import text_nuggets
-from nugget2d.segmentation import REPLACEMENT, split
+from nugget2d.inference.reading import text_nuggets
+from nugget2d.inference.sampling import Sampler
+from nugget2d.modeling.cache import Nuggets
 from nugget2d.server import batch, engine, jobs
 from nugget2d.server.engine import Engine
 from nugget2d.server.jobs import Compression, Event, Failed, Finished, Generation, Made, Text
-from nugget2d.server.sampling import Sampler
 from nugget2d.server.slots import Slots
-from nugget2d.server.transcript import Transcript
+from nugget2d.text.detokenizer import Transcript
+from nugget2d.text.segmentation import REPLACEMENT, split
 
 PROMPTS = ["The keeper", "Seven, he would say to the dog", " and", "In winter the road was closed " * 3]
 # what differs for a padded batch: two weight sets on one base, sliding windows, learned positions, part of a head

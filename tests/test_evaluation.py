@@ -15,7 +15,7 @@ from nugget2d.evaluation.teacher_forced import (
     lm_loss_per_token,
     reconstruction_hits,
 )
-from nugget2d.segmentation import tokenize
+from nugget2d.text.segmentation import tokenize
 
 TEXT = "The lamp was lit at dusk, and the keeper wrote it down. Nothing else happened that night! Did it? " * 12
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import ExactFallbackWarning, InputError, MemoryFileError
-from nugget2d.exact import _pack, _unpack, find_patch
+from nugget2d.memory.exact import _pack, _unpack, find_patch
 
 ODD_TEXTS = {
     "one character": "x",

@@ -8,8 +8,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import DynamicCache, LlamaForCausalLM
 
 import tiny
-from nugget2d.fingerprint import fingerprint
-from nugget2d.support import as_cache
+from nugget2d.modeling.compatibility import as_cache
+from nugget2d.modeling.digest import fingerprint
 
 LENGTH, KEPT = 12, [1, 4, 5, 11]
 

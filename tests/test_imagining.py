@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from nugget2d.errors import InputError
-from nugget2d.imagining import imagine
+from nugget2d.inference.continuations import imagine
 
 LENGTHS = (9, 4, 14)
 SAMPLES, TOKENS = 3, 5

@@ -16,7 +16,7 @@ from nugget2d import Memory, Nugget2D
 from nugget2d.inspection import inspect_memory, inspect_text, print_inspection, to_html, to_json
 from nugget2d.inspection.marks import LEVELS
 from nugget2d.inspection.visible import visible
-from nugget2d.segmentation import spans_of
+from nugget2d.text.segmentation import spans_of
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, pipeline
 
 import tiny
 from nugget2d import Nugget2D
-from nugget2d.card import MARK
+from nugget2d.checkpoints.card import MARK
 from nugget2d.errors import InputError, OutputError
 from nugget2d.integrations.transformers import Nugget2DConfig, register
 
@@ -57,7 +57,7 @@ def test_auto_classes_load_a_folder(folder: Path, llama: Nugget2D) -> None:
 
 
 def test_the_bundled_model_is_such_a_folder() -> None:
-    from nugget2d.pretrained import resolve
+    from nugget2d.checkpoints.pretrained import resolve
 
     register()
     assert isinstance(AutoConfig.from_pretrained(resolve("nano")), Nugget2DConfig)

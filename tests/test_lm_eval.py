@@ -14,7 +14,7 @@ from nugget2d import Nugget2D
 from nugget2d.errors import InputError
 from nugget2d.integrations import lm_eval as harness
 from nugget2d.integrations.lm_eval import NuggetLM
-from nugget2d.segmentation import split
+from nugget2d.text.segmentation import split
 
 CONTEXT, QUESTION, ANSWER = tiny.TEXT[:300], "\nQuestion: what bends?\nAnswer:", " peas"
 

@@ -15,13 +15,13 @@ from torch import Tensor
 import tiny
 from nugget2d import Nugget2D
 from nugget2d.baselines.pooled import PooledMemory
-from nugget2d.cache import KeyRotation
 from nugget2d.errors import ModelError, RecipeError
-from nugget2d.hidden import inputs_of
-from nugget2d.network import Encoded
-from nugget2d.reading import join_rows
-from nugget2d.slots import slot_layout, unrotated_layers
-from nugget2d.spelling import spelled
+from nugget2d.inference.reading import join_rows
+from nugget2d.inference.token_decoding import spelled
+from nugget2d.modeling.cache import KeyRotation
+from nugget2d.modeling.hooks import inputs_of
+from nugget2d.modeling.network import Encoded
+from nugget2d.modeling.readout import slot_layout, unrotated_layers
 from nugget2d.streaming.layout import Layout
 from nugget2d.streaming.parallel import mixed_logits, parted
 from nugget2d.training import tasks

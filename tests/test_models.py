@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import ContextWarning, InputError, ModelError, OutputError
-from nugget2d.reading import text_nuggets
-from nugget2d.segmentation import tokenize
-from nugget2d.support import as_cache
+from nugget2d.inference.reading import text_nuggets
+from nugget2d.modeling.compatibility import as_cache
+from nugget2d.text.segmentation import tokenize
 
 V = len(tiny.tokenizer())
 SMALL = {"vocab_size": V, "bos_token_id": 0, "eos_token_id": 0}

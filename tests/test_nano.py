@@ -8,7 +8,7 @@ import torch
 
 from nugget2d import Memory, Nugget2D
 from nugget2d.evaluation.fidelity import bleu
-from nugget2d.spelling import spelled
+from nugget2d.inference.token_decoding import spelled
 from nugget2d.store import MemoryStore
 from nugget2d.training.recipe import load_recipe
 

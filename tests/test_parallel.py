@@ -14,8 +14,9 @@ import yaml
 from safetensors.torch import load_file
 
 import tiny
-from nugget2d import Nugget2D, precision
+from nugget2d import Nugget2D
 from nugget2d.errors import RecipeError
+from nugget2d.modeling import precision
 from nugget2d.training.loop import fit
 from nugget2d.training.processes import Processes
 from nugget2d.training.recipe import CompressStage

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nugget2d.precision import has_fast_bfloat16, mixed_precision
+from nugget2d.modeling.precision import has_fast_bfloat16, mixed_precision
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.cli.app import app
-from nugget2d.encoding import Draft, measure
 from nugget2d.errors import InputError, QualityWarning
-from nugget2d.quality import _Search
-from nugget2d.segmentation import Piece, split
+from nugget2d.methods.nugget.accuracy import _Search
+from nugget2d.methods.nugget.encoding import Draft, measure
+from nugget2d.text.segmentation import Piece, split
 
 DOCUMENT = (resources.files("nugget2d") / "cli" / "demo.txt").read_text(encoding="utf-8")
 # what a model of English has hardly seen, after its own language

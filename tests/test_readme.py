@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import tiny
 from nugget2d.cli.app import app
-from nugget2d.parameters import attention_projections
+from nugget2d.modeling.parameters import attention_projections
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.cli.app import app
-from nugget2d.encoding import pad
 from nugget2d.errors import InputError, QualityWarning
-from nugget2d.losses import token_losses
-from nugget2d.reading import segment_nuggets
-from nugget2d.segmentation import split
+from nugget2d.inference.reading import segment_nuggets
+from nugget2d.methods.nugget.encoding import pad
+from nugget2d.modeling.losses import token_losses
+from nugget2d.text.segmentation import split
 
 TEXT = tiny.TEXT[:300]
 
@@ -101,7 +101,7 @@ def test_going_on_comes_nearer_to_what_the_text_would_say(llama: Nugget2D, monke
 
     before, after = divergence(0), divergence(30)
     assert after < before
-    monkeypatch.setattr("nugget2d.refining.CONTINUATION", 0.0)
+    monkeypatch.setattr("nugget2d.methods.nugget.optimization.CONTINUATION", 0.0)
     assert after < divergence(30)
 
 

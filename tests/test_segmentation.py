@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import tiny
 from nugget2d.errors import InputError
-from nugget2d.segmentation import detokenize, split, tokenize
+from nugget2d.text.segmentation import detokenize, split, tokenize
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=400)
 FAMILY = "👩‍👩‍👧‍👦"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import tiny
 from nugget2d.errors import InputError
-from nugget2d.selection import POLICIES, SCORED, count_nuggets, even_ends, select
+from nugget2d.modeling.selection import POLICIES, SCORED, count_nuggets, even_ends, select
 
 POLICY_NAMES = sorted(POLICIES)
 SIZES = st.integers(1, 200).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))

@@ -14,8 +14,8 @@ import pytest
 
 import tiny
 from nugget2d import Nugget2D
+from nugget2d.inference.prompting import Message, Part, conversation, fit
 from nugget2d.server import batch
-from nugget2d.server.prompts import Message, Part, conversation, fit
 from nugget2d.server.settings import Keys
 from serving import Running, serving
 

@@ -15,8 +15,8 @@ import torch
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import InputError, MemoryFileError, OutputError, StoreError, UnknownMemoryError
-from nugget2d.spelling import spelled
-from nugget2d.states import States, StoreDtype
+from nugget2d.inference.token_decoding import spelled
+from nugget2d.memory.states import States, StoreDtype
 from nugget2d.store import MemoryStore, Record, Settings
 from nugget2d.store.words import Words, relevance
 

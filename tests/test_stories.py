@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from nugget2d import Nugget2D
+from nugget2d.checkpoints.pretrained import load_base
 from nugget2d.errors import ModelError
-from nugget2d.pretrained import load_base
-from nugget2d.segmentation import detokenize, detokenize_after, split, tokenize, tokenize_after
+from nugget2d.text.segmentation import detokenize, detokenize_after, split, tokenize, tokenize_after
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "stories"
 # in an order of merging in which greedy-by-score and left-to-right differ

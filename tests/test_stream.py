@@ -10,7 +10,7 @@ from torch import nn
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import InputError, MismatchError, ModelError
-from nugget2d.hidden import find_layers
+from nugget2d.modeling.hooks import find_layers
 from nugget2d.streaming.stream import Stream
 
 TAU = 20

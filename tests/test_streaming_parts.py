@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 
 import tiny
 from nugget2d import Nugget2D
-from nugget2d.cache import Nuggets
 from nugget2d.errors import InputError
-from nugget2d.losses import token_losses
-from nugget2d.parameters import Role
-from nugget2d.reading import join_rows
-from nugget2d.segmentation import tokenize
-from nugget2d.selection import count_nuggets
+from nugget2d.inference.reading import join_rows
+from nugget2d.modeling.cache import Nuggets
+from nugget2d.modeling.losses import token_losses
+from nugget2d.modeling.parameters import Role
+from nugget2d.modeling.selection import count_nuggets
 from nugget2d.streaming.feed import LONGEST, TextFeed
 from nugget2d.streaming.layout import Layout
 from nugget2d.streaming.parallel import Way, mixed_logits
 from nugget2d.streaming.thinning import allot, thin
+from nugget2d.text.segmentation import tokenize
 from nugget2d.training.objectives import stream_loss
 
 # ---- text in pieces ----

@@ -26,7 +26,7 @@ def test_a_broken_contract_is_noticed(tmp_path: Path) -> None:
     config.write_text("[tool.importlinter]" + upside_down)
     result = lint_imports(config)
     assert result.returncode != 0
-    assert "nugget2d.memory -> nugget2d.errors" in result.stdout
+    assert "nugget2d.memory.memory -> nugget2d.errors" in result.stdout
 
 
 def test_importing_the_package_does_not_import_torch() -> None:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nugget2d.memory import Memory
+    from nugget2d.memory.memory import Memory
     from nugget2d.model import Nugget2D
 
 __version__ = "0.1.0"
@@ -13,7 +13,7 @@ __all__ = ["Memory", "Nugget2D", "__version__"]
 def __getattr__(name: str) -> object:
     # torch takes seconds to import; `nugget2d --help` must not wait for it
     if name == "Memory":
-        from nugget2d.memory import Memory
+        from nugget2d.memory.memory import Memory
 
         return Memory
     if name == "Nugget2D":

@@ -8,16 +8,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from nugget2d import compressing, generation, pretrained, reading
+from nugget2d.checkpoints import pretrained
 from nugget2d.config import Adapters, MemoryKind, NuggetConfig, SelectionName, Threshold
 from nugget2d.errors import InputError, ModelError
-from nugget2d.memory import Memory
-from nugget2d.network import Network
-from nugget2d.parameters import attention_projections
-from nugget2d.states import StoreDtype
+from nugget2d.inference import generation, reading
+from nugget2d.memory.memory import Memory
+from nugget2d.memory.states import StoreDtype
+from nugget2d.methods.nugget import compressing
+from nugget2d.modeling.compatibility import fitting_fields
+from nugget2d.modeling.network import Network
+from nugget2d.modeling.parameters import attention_projections
 from nugget2d.streaming.stream import Stream
 from nugget2d.streaming.threshold import calibrate_threshold
-from nugget2d.support import fitting_fields
 
 
 class Nugget2D(Network):

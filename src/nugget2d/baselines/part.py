@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nugget2d.baselines.baseline import Baseline
 from nugget2d.config import MemoryKind, NuggetConfig, SelectionName
 from nugget2d.errors import ModelError
-from nugget2d.network import Encoded
+from nugget2d.modeling.network import Encoded
 
 
 class PartMemory(Baseline):

@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nugget2d.cache import Nuggets, cached_states
 from nugget2d.config import MemoryKind, SelectionName
 from nugget2d.model import Nugget2D
-from nugget2d.network import Encoded
-from nugget2d.selection import select
+from nugget2d.modeling.cache import Nuggets, cached_states
+from nugget2d.modeling.network import Encoded
+from nugget2d.modeling.selection import select
 
 
 class PooledMemory(Nugget2D):

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nugget2d.baselines.baseline import Baseline
-from nugget2d.cache import gather_nuggets
 from nugget2d.config import MemoryKind, NuggetConfig, SelectionName
-from nugget2d.network import Encoded
-from nugget2d.selection import select
+from nugget2d.modeling.cache import gather_nuggets
+from nugget2d.modeling.network import Encoded
+from nugget2d.modeling.selection import select
 
 
 class SlotMemory(Baseline):

@@ -13,7 +13,7 @@ from nugget2d.cli.shared import loading
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from nugget2d.doctor import Finding, Report, Size
+    from nugget2d.inspection.doctor import Finding, Report, Size
 
 TOKENS = (1_000, 10_000, 100_000)
 
@@ -32,7 +32,7 @@ def doctor(
     Exits with 1 if the model cannot be used.
     """
     with loading(model):
-        from nugget2d.doctor import examine
+        from nugget2d.inspection.doctor import examine
 
         report = examine(model, TOKENS if tokens is None else (tokens,))
     _print(report, Console())

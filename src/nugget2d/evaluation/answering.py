@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from nugget2d.memory import Memory
-from nugget2d.network import Network
-from nugget2d.parameters import Role
-from nugget2d.reading import placed_nuggets
-from nugget2d.support import as_cache
+from nugget2d.inference.reading import placed_nuggets
+from nugget2d.memory.memory import Memory
+from nugget2d.modeling.compatibility import as_cache
+from nugget2d.modeling.network import Network
+from nugget2d.modeling.parameters import Role
 
 
 class _RoomyLayer(DynamicLayer):

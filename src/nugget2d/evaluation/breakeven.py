@@ -23,10 +23,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from nugget2d.cache import cached_states
 from nugget2d.config import Frozen
 from nugget2d.evaluation.answering import answer_from_cache, answer_from_memory, answer_from_text, keep_cache
 from nugget2d.model import Nugget2D
+from nugget2d.modeling.cache import cached_states
 
 Clock = Callable[[], float]
 Result = TypeVar("Result")

@@ -14,7 +14,7 @@ from nugget2d.evaluation.breakeven import Clock, Plan, device_clock, measure_con
 from nugget2d.evaluation.report import environment, write_report
 from nugget2d.files import check_writable
 from nugget2d.model import Nugget2D
-from nugget2d.segmentation import detokenize, tokenize
+from nugget2d.text.segmentation import detokenize, tokenize
 
 REPORT_FILE = "breakeven.json"
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from nugget2d.evaluation.teacher_forced import rows_at_once
-from nugget2d.losses import token_losses
-from nugget2d.memory import Memory
-from nugget2d.network import Network
-from nugget2d.reading import text_nuggets
+from nugget2d.inference.reading import text_nuggets
+from nugget2d.memory.memory import Memory
+from nugget2d.modeling.losses import token_losses
+from nugget2d.modeling.network import Network
 
 
 def counted_targets(model: Network, length: int) -> int:

@@ -9,7 +9,7 @@ from nugget2d.evaluation.distortion import describe_reference, measure_cell, mea
 from nugget2d.evaluation.report import environment, load_report, make_folder, write_report
 from nugget2d.evaluation.windows import sample_windows
 from nugget2d.model import Nugget2D
-from nugget2d.segmentation import tokenize
+from nugget2d.text.segmentation import tokenize
 
 REPORT_FILE = "distortion.json"
 

@@ -11,7 +11,7 @@ from nugget2d.evaluation.teacher_forced import (
     lm_loss_per_token,
     reconstruction_hits,
 )
-from nugget2d.network import Network
+from nugget2d.modeling.network import Network
 
 PROFILED = 20
 

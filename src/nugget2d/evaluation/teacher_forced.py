@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from nugget2d.config import SelectionName
-from nugget2d.encoding import BATCH_LOGITS, pad
-from nugget2d.losses import token_losses
-from nugget2d.memory import Memory
-from nugget2d.network import Network
-from nugget2d.reading import segment_nuggets
-from nugget2d.segmentation import tokenize
-from nugget2d.selection import count_nuggets
+from nugget2d.inference.reading import segment_nuggets
+from nugget2d.memory.memory import Memory
+from nugget2d.methods.nugget.encoding import BATCH_LOGITS, pad
+from nugget2d.modeling.losses import token_losses
+from nugget2d.modeling.network import Network
+from nugget2d.modeling.selection import count_nuggets
+from nugget2d.text.segmentation import tokenize
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from nugget2d.errors import InputError
-from nugget2d.segmentation import detokenize, tokenize
+from nugget2d.text.segmentation import detokenize, tokenize
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from transformers.utils import logging
 
 from nugget2d.config import Frozen, SelectionName
 from nugget2d.indexing.documents import Batch, Document, Failure
-from nugget2d.memory import Memory
+from nugget2d.memory.memory import Memory
+from nugget2d.memory.states import StoreDtype
 from nugget2d.model import Nugget2D
-from nugget2d.states import StoreDtype
 from nugget2d.store import MemoryStore, Settings
 
 AGAIN = "run the same command again: it goes on where it stopped"  # what an engine that gives up says last

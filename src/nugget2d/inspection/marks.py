@@ -8,10 +8,10 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from nugget2d.memory import Memory
+from nugget2d.inference.reading import reconstruct_ids
+from nugget2d.memory.memory import Memory
 from nugget2d.model import Nugget2D
-from nugget2d.reading import reconstruct_ids
-from nugget2d.segmentation import spans_of
+from nugget2d.text.segmentation import spans_of
 
 LEVELS = 5  # shades of highlighting
 

@@ -16,13 +16,13 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import MODEL_REGISTRY, register_model
 from torch import Tensor
 
-from nugget2d.compressing import DEFAULT_RATIO
 from nugget2d.errors import InputError
-from nugget2d.losses import token_losses
-from nugget2d.memory import Memory
+from nugget2d.inference.reading import text_nuggets
+from nugget2d.memory.memory import Memory
+from nugget2d.methods.nugget.compressing import DEFAULT_RATIO
 from nugget2d.model import Nugget2D
-from nugget2d.reading import text_nuggets
-from nugget2d.segmentation import split
+from nugget2d.modeling.losses import token_losses
+from nugget2d.text.segmentation import split
 
 ContextMode = Literal["full", "memory", "none"]
 NAME = "nugget2d"

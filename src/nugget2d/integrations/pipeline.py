@@ -5,9 +5,9 @@ from typing import Any, cast
 
 from transformers import Pipeline
 
-from nugget2d.compressing import DEFAULT_RATIO
 from nugget2d.errors import InputError
-from nugget2d.memory import Memory
+from nugget2d.memory.memory import Memory
+from nugget2d.methods.nugget.compressing import DEFAULT_RATIO
 from nugget2d.model import Nugget2D
 
 TASK = "compressed-text-generation"

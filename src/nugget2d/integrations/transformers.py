@@ -14,10 +14,10 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from nugget2d.checkpoints.pretrained import MODEL_TYPE
 from nugget2d.errors import InputError
 from nugget2d.integrations.pipeline import TASK, CompressedTextGeneration
 from nugget2d.model import Nugget2D
-from nugget2d.pretrained import MODEL_TYPE
 
 LOADING = {"device", "base", "dtype", "quantization_config"}
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from nugget2d.network import Network
-from nugget2d.parameters import Role
+from nugget2d.modeling.network import Network
+from nugget2d.modeling.parameters import Role
 from nugget2d.server.jobs import Generation
 from nugget2d.server.slots import Slots, read
 

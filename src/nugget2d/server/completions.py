@@ -3,11 +3,11 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from nugget2d.inference.prompting import Message, Part, conversation
+from nugget2d.inference.sampling import Sampler
 from nugget2d.server.exchange import Exchange
 from nugget2d.server.failures import Refusal, documented
-from nugget2d.server.prompts import Message, Part, conversation
 from nugget2d.server.replies import ChatReply, CompletionReply, Reply, respond
-from nugget2d.server.sampling import Sampler
 from nugget2d.server.schemas import ChatCompletion, ChatRequest, Completion, CompletionRequest, Generating
 from nugget2d.server.service import Question, Service
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from nugget2d.errors import OverloadError, ShutdownError, TimeLimitError
-from nugget2d.network import Network
-from nugget2d.parameters import Role
+from nugget2d.modeling.network import Network
+from nugget2d.modeling.parameters import Role
 from nugget2d.server.batch import Batch
 from nugget2d.server.jobs import Failed, Generation, Job, Work
 

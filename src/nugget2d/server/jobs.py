@@ -13,17 +13,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nugget2d.encoding import encode, native_dtype
-from nugget2d.memory import Memory
-from nugget2d.network import Network
-from nugget2d.parameters import Role
-from nugget2d.reading import text_nuggets
-from nugget2d.segmentation import Piece
-from nugget2d.selection import count_nuggets
-from nugget2d.server.sampling import Sampler
+from nugget2d.inference.reading import text_nuggets
+from nugget2d.inference.sampling import Sampler
+from nugget2d.memory.memory import Memory
+from nugget2d.memory.states import StoreDtype
+from nugget2d.methods.nugget.encoding import encode, native_dtype
+from nugget2d.modeling.network import Network
+from nugget2d.modeling.parameters import Role
+from nugget2d.modeling.selection import count_nuggets
 from nugget2d.server.slots import Slots, read
-from nugget2d.server.transcript import Transcript
-from nugget2d.states import StoreDtype
+from nugget2d.text.detokenizer import Transcript
+from nugget2d.text.segmentation import Piece
 
 # Tokens read or compressed at a time: running answers wait for so many, and long prompts lose little by the cuts.
 TURN = 256

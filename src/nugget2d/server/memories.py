@@ -6,11 +6,11 @@ from typing import Annotated
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 
 from nugget2d.files import decode_text
+from nugget2d.memory.states import StoreDtype
 from nugget2d.server.exchange import Exchange
 from nugget2d.server.failures import documented
 from nugget2d.server.schemas import DeletedMemory, MemoryList, MemoryRequest, StoredMemory, Tag
 from nugget2d.server.service import Service
-from nugget2d.states import StoreDtype
 from nugget2d.store import Record
 
 REFUSED = documented(400, 401, 408, 413, 422, 429, 500, 503, 504)

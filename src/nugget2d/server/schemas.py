@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from nugget2d.config import Frozen
-from nugget2d.states import StoreDtype
+from nugget2d.memory.states import StoreDtype
 
 
 def _utf8(text: str) -> str:

@@ -12,21 +12,21 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from nugget2d.errors import InputError, UnknownMemoryError
-from nugget2d.memory import Memory
+from nugget2d.inference.prompting import Part, Prompt, fit
+from nugget2d.inference.sampling import Sampler
+from nugget2d.memory.memory import Memory
 from nugget2d.model import Nugget2D
-from nugget2d.segmentation import split
 from nugget2d.server.engine import Engine
 from nugget2d.server.exchange import Exchange
 from nugget2d.server.jobs import Compression, Event, Failed, Finished, Generation, Job, Made, consecutive
 from nugget2d.server.metrics import Metrics
-from nugget2d.server.prompts import Part, Prompt, fit
-from nugget2d.server.sampling import Sampler
 from nugget2d.server.schemas import MemoryRequest
 from nugget2d.server.settings import Settings
-from nugget2d.server.transcript import Transcript
 from nugget2d.store import MemoryStore, Record
 from nugget2d.store import Settings as Compressing
 from nugget2d.store.record import record_id
+from nugget2d.text.detokenizer import Transcript
+from nugget2d.text.segmentation import split
 
 THREADS = 4  # texts that are tokenized or files that are read at once
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from nugget2d.network import Network
-from nugget2d.parameters import Role
-from nugget2d.support import as_cache
+from nugget2d.modeling.compatibility import as_cache
+from nugget2d.modeling.network import Network
+from nugget2d.modeling.parameters import Role
 
 
 class Slots(DynamicCache):

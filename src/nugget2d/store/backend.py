@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 from pydantic import ValidationError
 
 from nugget2d.errors import StoreError
-from nugget2d.memory import Memory
+from nugget2d.memory.memory import Memory
 from nugget2d.store.record import Record
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 from nugget2d.errors import MemoryFileError, NuggetError, StoreError, UnknownMemoryError
-from nugget2d.memory import Memory
+from nugget2d.memory.memory import Memory
 from nugget2d.store.backend import Damage, Entry, Swept, entry_digest, read_record
 from nugget2d.store.record import Record
 

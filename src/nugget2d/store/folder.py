@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from nugget2d.errors import MemoryFileError, NuggetError, OutputError, StoreError, UnknownMemoryError
 from nugget2d.files import atomic_write, sync_folder
-from nugget2d.memory import Memory
+from nugget2d.memory.memory import Memory
 from nugget2d.store.backend import Damage, Entry, Swept, entry_digest, read_record
 from nugget2d.store.record import Record
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from hashlib import blake2b
 
-from nugget2d.compressing import DEFAULT_RATIO
 from nugget2d.config import Frozen, SelectionName
-from nugget2d.encoding import native_dtype
-from nugget2d.memory import Fingerprint, Memory
+from nugget2d.memory.memory import Fingerprint, Memory
+from nugget2d.memory.states import StoreDtype
+from nugget2d.methods.nugget.compressing import DEFAULT_RATIO
+from nugget2d.methods.nugget.encoding import native_dtype
 from nugget2d.model import Nugget2D
-from nugget2d.states import StoreDtype
 
 
 class Settings(Frozen):

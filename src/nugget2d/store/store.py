@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from nugget2d.config import SelectionName
 from nugget2d.errors import InputError, UnknownMemoryError
-from nugget2d.memory import Memory
+from nugget2d.memory.memory import Memory
+from nugget2d.memory.states import StoreDtype
 from nugget2d.model import Nugget2D
-from nugget2d.states import StoreDtype
 from nugget2d.store.backend import Backend, Damage, Entry, Swept
 from nugget2d.store.bucket import Bucket
 from nugget2d.store.folder import Folder

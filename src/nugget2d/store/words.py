@@ -12,9 +12,9 @@ import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 
-from nugget2d.memory import Memory
+from nugget2d.inference.token_decoding import spelled
+from nugget2d.memory.memory import Memory
 from nugget2d.model import Nugget2D
-from nugget2d.spelling import spelled
 
 # BM25's usual constants: how soon more of the same token adds nothing, how much long segments are held back
 SATURATION, LENGTH = 1.2, 0.75

@@ -4,7 +4,7 @@ import re
 
 from transformers import PreTrainedTokenizerBase
 
-from nugget2d.segmentation import require_utf8, tokenize
+from nugget2d.text.segmentation import require_utf8, tokenize
 
 # A word longer than this is cut: scripts without spaces must not be held back for ever.
 LONGEST = 400

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from nugget2d.cache import Nuggets
 from nugget2d.errors import InputError
-from nugget2d.network import Network
-from nugget2d.parameters import Role
+from nugget2d.modeling.cache import Nuggets
+from nugget2d.modeling.compatibility import as_cache
+from nugget2d.modeling.network import Network
+from nugget2d.modeling.parameters import Role
 from nugget2d.streaming.layout import NEVER, Keys, Layout, Queries, joined
-from nugget2d.support import as_cache
 
 Way = Literal["chunked", "flex", "dense"]
 _NOBODY = (NEVER, 0, 0)  # as `Keys`: padding, seen by no query

@@ -5,15 +5,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nugget2d.cache import Nuggets
 from nugget2d.config import Threshold
-from nugget2d.encoding import encode, native_dtype
-from nugget2d.memory import Memory
-from nugget2d.network import Network
-from nugget2d.reading import placed_nuggets
-from nugget2d.segmentation import Piece, spans_of
-from nugget2d.selection import next_count
+from nugget2d.inference.reading import placed_nuggets
+from nugget2d.memory.memory import Memory
+from nugget2d.methods.nugget.encoding import encode, native_dtype
+from nugget2d.modeling.cache import Nuggets
+from nugget2d.modeling.network import Network
+from nugget2d.modeling.selection import next_count
 from nugget2d.streaming.thinning import thin
+from nugget2d.text.segmentation import Piece, spans_of
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from nugget2d.errors import InputError, ModelError
-from nugget2d.losses import token_losses
-from nugget2d.memory import Memory
-from nugget2d.network import Network
-from nugget2d.segmentation import REPLACEMENT
+from nugget2d.memory.memory import Memory
+from nugget2d.modeling.losses import token_losses
+from nugget2d.modeling.network import Network
 from nugget2d.streaming.feed import TextFeed
 from nugget2d.streaming.past import Past
 from nugget2d.streaming.window import Window
+from nugget2d.text.segmentation import REPLACEMENT
 
 DEFAULT_RATIO = 10.0
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from nugget2d.memory import Memory
-from nugget2d.selection import even_ends
+from nugget2d.memory.memory import Memory
+from nugget2d.modeling.selection import even_ends
 
 
 def allot(counts: Sequence[int], most: int) -> list[int]:

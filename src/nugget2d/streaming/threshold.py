@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nugget2d.errors import InputError
-from nugget2d.network import Network
+from nugget2d.modeling.network import Network
 
 # Segments scored side by side.
 BATCH_ROWS = 64

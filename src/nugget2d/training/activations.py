@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from nugget2d.cache import AllCollected
-from nugget2d.hidden import find_layers
-from nugget2d.parameters import CopiedParameters, Parameters
+from nugget2d.modeling.cache import AllCollected
+from nugget2d.modeling.hooks import find_layers
+from nugget2d.modeling.parameters import CopiedParameters, Parameters
 
 
 @contextmanager

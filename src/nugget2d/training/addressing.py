@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from nugget2d.errors import RecipeError
-from nugget2d.hidden import inputs_of
-from nugget2d.network import Network
-from nugget2d.selection import even_ends
-from nugget2d.slots import slot_layout
+from nugget2d.modeling.hooks import inputs_of
+from nugget2d.modeling.network import Network
+from nugget2d.modeling.readout import slot_layout
+from nugget2d.modeling.selection import even_ends
 
 PEAK = 40.0  # logit at the addressed distance
 FLAG_SCALE = 2.0  # norm of the flag, in norms of an average embedding

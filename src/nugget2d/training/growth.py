@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
-from nugget2d.cache import Nuggets
 from nugget2d.errors import RecipeError
-from nugget2d.hidden import inputs_of
+from nugget2d.inference.reading import join_rows
 from nugget2d.model import Nugget2D
-from nugget2d.network import Network
-from nugget2d.reading import join_rows
-from nugget2d.slots import SlotLayout, final_norm, slot_layout
+from nugget2d.modeling.cache import Nuggets
+from nugget2d.modeling.hooks import inputs_of
+from nugget2d.modeling.network import Network
+from nugget2d.modeling.readout import SlotLayout, final_norm, slot_layout
 from nugget2d.streaming.layout import Layout
 from nugget2d.streaming.parallel import mixed_logits, parted
 from nugget2d.training.corpus import Pack

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nugget2d.errors import ModelError
-from nugget2d.hidden import find_layers
-from nugget2d.network import Encoded, Network
-from nugget2d.slots import unrotated_layers
+from nugget2d.modeling.hooks import find_layers
+from nugget2d.modeling.network import Encoded, Network
+from nugget2d.modeling.readout import unrotated_layers
 from nugget2d.streaming.layout import Keys, Layout, Queries, joined
 from nugget2d.streaming.parallel import parted
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from nugget2d.errors import RecipeError
 from nugget2d.files import atomic_write
-from nugget2d.precision import mixed_precision
+from nugget2d.modeling.precision import mixed_precision
 from nugget2d.training.plot import plot_log
 from nugget2d.training.recipe import Stage
 from nugget2d.training.schedule import learning_rate_factor

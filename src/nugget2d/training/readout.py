@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nugget2d.network import Encoded, Network
-from nugget2d.slots import final_norm, slot_layout
+from nugget2d.modeling.network import Encoded, Network
+from nugget2d.modeling.readout import final_norm, slot_layout
 
 
 def readout_loss(model: Network, encoded: Encoded, ids: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ from rich.console import Console
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from nugget2d import pretrained
 from nugget2d.baselines.part import PartMemory
 from nugget2d.baselines.pooled import PooledMemory
 from nugget2d.baselines.slots import SlotMemory
+from nugget2d.checkpoints import pretrained
 from nugget2d.config import MemoryKind
 from nugget2d.errors import RecipeError
 from nugget2d.model import Nugget2D
-from nugget2d.precision import has_fast_bfloat16
+from nugget2d.modeling.precision import has_fast_bfloat16
 from nugget2d.training.addressing import address_slots
 from nugget2d.training.corpus import Pack, make_pack
 from nugget2d.training.growth import grow

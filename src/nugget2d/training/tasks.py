@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from nugget2d.config import SelectionName
 from nugget2d.evaluation.held_out import held_out_figures
-from nugget2d.hidden import inputs_of
-from nugget2d.losses import token_losses
 from nugget2d.model import Nugget2D
-from nugget2d.network import Encoded
-from nugget2d.selection import count_nuggets
+from nugget2d.modeling.hooks import inputs_of
+from nugget2d.modeling.losses import token_losses
+from nugget2d.modeling.network import Encoded
+from nugget2d.modeling.selection import count_nuggets
 from nugget2d.streaming.layout import Layout
 from nugget2d.training.activations import offloaded, recomputed
 from nugget2d.training.corpus import Pack

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nugget2d.losses import token_losses
-from nugget2d.network import Network
+from nugget2d.modeling.losses import token_losses
+from nugget2d.modeling.network import Network
 
 BATCH_TOKENS = 4096
 

@@ -5,7 +5,7 @@ from nugget2d.evaluation.streaming.full import Full, equal_text
 from nugget2d.evaluation.streaming.nuggets import Compressed
 from nugget2d.evaluation.streaming.reader import Budget, Reader
 from nugget2d.evaluation.streaming.sinks import Sinks
-from nugget2d.network import Network
+from nugget2d.modeling.network import Network
 
 OURS, COMPRESSIVE = "nugget2d", "compressive"
 SELECTIONS: tuple[SelectionName, ...] = ("even", "random", "learned")

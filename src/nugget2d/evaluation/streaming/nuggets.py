@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nugget2d.cache import Nuggets
 from nugget2d.config import SelectionName
 from nugget2d.evaluation.streaming.reader import Budget
-from nugget2d.losses import token_losses
-from nugget2d.network import Network
-from nugget2d.reading import join_rows
+from nugget2d.inference.reading import join_rows
+from nugget2d.modeling.cache import Nuggets
+from nugget2d.modeling.losses import token_losses
+from nugget2d.modeling.network import Network
 from nugget2d.streaming.layout import Layout
 from nugget2d.streaming.parallel import mixed_logits
 

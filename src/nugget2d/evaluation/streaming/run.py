@@ -16,7 +16,7 @@ from nugget2d.evaluation.report import environment, load_report, make_folder, wr
 from nugget2d.evaluation.streaming.methods import COMPRESSIVE, OURS, readers
 from nugget2d.evaluation.streaming.reader import Budget
 from nugget2d.evaluation.streaming.text import Block, cut
-from nugget2d.network import Network
+from nugget2d.modeling.network import Network
 
 REPORT_FILE = "lm.json"
 

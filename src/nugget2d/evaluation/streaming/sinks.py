@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from nugget2d.cache import Nuggets, cached_states
-from nugget2d.losses import token_losses
-from nugget2d.network import Network
+from nugget2d.modeling.cache import Nuggets, cached_states
+from nugget2d.modeling.compatibility import as_cache
+from nugget2d.modeling.losses import token_losses
+from nugget2d.modeling.network import Network
 from nugget2d.streaming.layout import Layout
 from nugget2d.streaming.parallel import mixed_logits
-from nugget2d.support import as_cache
 
 SINKS = 4
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nugget2d.errors import InputError
-from nugget2d.segmentation import tokenize
+from nugget2d.text.segmentation import tokenize
 
 # " = Title = " before an empty line begins an article of WikiText; " = = Part = = " and stray formulas do not
 _TITLE = re.compile(r"^ = (?!= ).*(?<! =) = \n \n", re.MULTILINE)

@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from nugget2d.errors import InputError
-from nugget2d.memory import Memory
-from nugget2d.network import Network
-from nugget2d.parameters import Role
-from nugget2d.reading import text_nuggets
-from nugget2d.segmentation import detokenize_after
-from nugget2d.support import as_cache
+from nugget2d.inference.reading import text_nuggets
+from nugget2d.memory.memory import Memory
+from nugget2d.modeling.compatibility import as_cache
+from nugget2d.modeling.network import Network
+from nugget2d.modeling.parameters import Role
+from nugget2d.text.segmentation import detokenize_after
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from nugget2d.errors import InputError
-from nugget2d.segmentation import Piece, split, tokenize, tokenize_after
+from nugget2d.text.segmentation import Piece, split, tokenize, tokenize_after
 
 # where the model would go on with the next question by itself
 PLAIN_STOP = "\nuser:"

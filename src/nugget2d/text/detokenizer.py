@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from nugget2d.segmentation import REPLACEMENT, detokenize_after
+from nugget2d.text.segmentation import REPLACEMENT, detokenize_after
 
 
 class Transcript:

@@ -11,12 +11,12 @@ from platform import python_version
 import torch
 from transformers import DynamicCache
 
-from nugget2d.cache import gather_nuggets
+from nugget2d.checkpoints.pretrained import CONFIG_FILE, resolve
 from nugget2d.errors import ModelError
 from nugget2d.model import Nugget2D
-from nugget2d.precision import has_fast_bfloat16
-from nugget2d.pretrained import CONFIG_FILE, resolve
-from nugget2d.support import as_cache
+from nugget2d.modeling.cache import gather_nuggets
+from nugget2d.modeling.compatibility import as_cache
+from nugget2d.modeling.precision import has_fast_bfloat16
 
 RATIOS = (10, 20)
 # What reading nuggets may differ from one masked pass, relative to the largest logit: rounding of float32.

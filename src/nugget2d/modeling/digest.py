@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nugget2d.memory import Fingerprint
+from nugget2d.memory.memory import Fingerprint
 
 # Enough numbers of every tensor to tell any two trainings apart, few enough for a 70B model in seconds.
 _SAMPLES = 1024

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nugget2d.cache import Nuggets
 from nugget2d.errors import ContextWarning, ExactFallbackWarning, InputError, MemoryFileError
-from nugget2d.exact import digest
-from nugget2d.losses import token_losses
-from nugget2d.memory import Memory
-from nugget2d.network import Network
-from nugget2d.states import States
-from nugget2d.support import as_cache
+from nugget2d.memory.exact import digest
+from nugget2d.memory.memory import Memory
+from nugget2d.memory.states import States
+from nugget2d.modeling.cache import Nuggets
+from nugget2d.modeling.compatibility import as_cache
+from nugget2d.modeling.losses import token_losses
+from nugget2d.modeling.network import Network
 
 # Segments decoded side by side.
 BATCH_ROWS = 64

@@ -20,7 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from nugget2d.errors import ModelError
-from nugget2d.support import as_cache, find_rotary
+from nugget2d.modeling.compatibility import as_cache, find_rotary
 
 LayerStates = Sequence[Tensor]  # one tensor (B, kv_heads, K, head_dim) per layer
 

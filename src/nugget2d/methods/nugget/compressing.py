@@ -6,16 +6,16 @@ from dataclasses import replace
 import torch
 
 from nugget2d.config import SelectionName
-from nugget2d.encoding import BATCH_TOKENS, Draft, batches, encode, logits_limit, measure, native_dtype
 from nugget2d.errors import InputError
-from nugget2d.exact import ExactRecord
-from nugget2d.memory import Memory
-from nugget2d.network import Network
-from nugget2d.quality import meet_quality, warn_if_missed
-from nugget2d.refining import refine, refine_limit
-from nugget2d.segmentation import Piece, split
-from nugget2d.selection import count_nuggets
-from nugget2d.states import StoreDtype
+from nugget2d.memory.exact import ExactRecord
+from nugget2d.memory.memory import Memory
+from nugget2d.memory.states import StoreDtype
+from nugget2d.methods.nugget.accuracy import meet_quality, warn_if_missed
+from nugget2d.methods.nugget.encoding import BATCH_TOKENS, Draft, batches, encode, logits_limit, measure, native_dtype
+from nugget2d.methods.nugget.optimization import refine, refine_limit
+from nugget2d.modeling.network import Network
+from nugget2d.modeling.selection import count_nuggets
+from nugget2d.text.segmentation import Piece, split
 
 DEFAULT_RATIO = 20.0
 

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from nugget2d.cache import AllCollected, CollectingCache, KeyRotation, Nuggets, gather_nuggets, reading_mask
 from nugget2d.config import NuggetConfig, SelectionName
 from nugget2d.errors import InputError
-from nugget2d.fingerprint import fingerprint
-from nugget2d.hidden import find_layers, hidden_after
-from nugget2d.memory import Fingerprint
-from nugget2d.parameters import make_parameters
-from nugget2d.segmentation import detokenize, tokenize, tokenize_after
-from nugget2d.selection import SCORED, Scorer, select
-from nugget2d.support import as_cache, check_supported, position_table, sliding_window
+from nugget2d.memory.memory import Fingerprint
+from nugget2d.modeling.cache import AllCollected, CollectingCache, KeyRotation, Nuggets, gather_nuggets, reading_mask
+from nugget2d.modeling.compatibility import as_cache, check_supported, position_table, sliding_window
+from nugget2d.modeling.digest import fingerprint
+from nugget2d.modeling.hooks import find_layers, hidden_after
+from nugget2d.modeling.parameters import make_parameters
+from nugget2d.modeling.selection import SCORED, Scorer, select
+from nugget2d.text.segmentation import detokenize, tokenize, tokenize_after
 
 PromptName = Literal["reconstruct", "continue"]
 

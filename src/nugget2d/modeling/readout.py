@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nugget2d.errors import ModelError
-from nugget2d.hidden import find_layers
-from nugget2d.network import Network
-from nugget2d.parameters import CopiedParameters
+from nugget2d.modeling.hooks import find_layers
+from nugget2d.modeling.network import Network
+from nugget2d.modeling.parameters import CopiedParameters
 
 
 @dataclass(frozen=True)

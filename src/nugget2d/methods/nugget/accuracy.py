@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from math import ceil
 
 from nugget2d.config import SelectionName
-from nugget2d.encoding import Draft, batches, encode, logits_limit, measure
 from nugget2d.errors import QualityWarning
-from nugget2d.network import Network
-from nugget2d.segmentation import Piece
-from nugget2d.states import StoreDtype
+from nugget2d.memory.states import StoreDtype
+from nugget2d.methods.nugget.encoding import Draft, batches, encode, logits_limit, measure
+from nugget2d.modeling.network import Network
+from nugget2d.text.segmentation import Piece
 
 # The search begins here and doubles the nuggets until they suffice: a ladder of ratios 50, 25, 12.5, ... 1.
 FIRST_RATIO = 50

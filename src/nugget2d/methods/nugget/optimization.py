@@ -16,13 +16,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nugget2d.cache import Nuggets
-from nugget2d.encoding import Draft, logits_limit, measure, pad
-from nugget2d.imagining import imagine
-from nugget2d.losses import token_losses
-from nugget2d.network import Network
-from nugget2d.reading import segment_nuggets
-from nugget2d.states import States, StoreDtype
+from nugget2d.inference.continuations import imagine
+from nugget2d.inference.reading import segment_nuggets
+from nugget2d.memory.states import States, StoreDtype
+from nugget2d.methods.nugget.encoding import Draft, logits_limit, measure, pad
+from nugget2d.modeling.cache import Nuggets
+from nugget2d.modeling.losses import token_losses
+from nugget2d.modeling.network import Network
 
 # Adam's step, in units of a segment's typical state (docs/LOG.md has the trials).
 STEP = 0.06

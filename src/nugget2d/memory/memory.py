@@ -25,9 +25,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from nugget2d.errors import InputError, MemoryFileError, MismatchError
-from nugget2d.exact import ExactRecord
 from nugget2d.files import atomic_write
-from nugget2d.states import States, StoreDtype
+from nugget2d.memory.exact import ExactRecord
+from nugget2d.memory.states import States, StoreDtype
 
 FORMAT = "nugget2d.memory"
 VERSION = 1

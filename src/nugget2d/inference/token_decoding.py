@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from nugget2d.cache import cached_states
-from nugget2d.memory import Memory
-from nugget2d.network import Network
-from nugget2d.slots import final_norm, slot_layout
+from nugget2d.memory.memory import Memory
+from nugget2d.modeling.cache import cached_states
+from nugget2d.modeling.network import Network
+from nugget2d.modeling.readout import final_norm, slot_layout
 
 BATCH = 4096  # tokens of the vocabulary that are compared at once
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nugget2d import reading
 from nugget2d.config import SelectionName
-from nugget2d.exact import SegmentPatch, find_patch
-from nugget2d.memory import Memory, Segment
-from nugget2d.network import Network
-from nugget2d.segmentation import Piece
-from nugget2d.selection import SCORED
-from nugget2d.states import States, StoreDtype
+from nugget2d.inference import reading
+from nugget2d.memory.exact import SegmentPatch, find_patch
+from nugget2d.memory.memory import Memory, Segment
+from nugget2d.memory.states import States, StoreDtype
+from nugget2d.modeling.network import Network
+from nugget2d.modeling.selection import SCORED
+from nugget2d.text.segmentation import Piece
 
 # Tokens of a padded batch: large enough to fill the matrix products, small enough for any machine's memory.
 BATCH_TOKENS = 8192

@@ -27,13 +27,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from nugget2d.adapters import HALVES, read_adapters, write_adapters
-from nugget2d.card import write_card
+from nugget2d.checkpoints.card import write_card
 from nugget2d.config import Frozen, NuggetConfig
 from nugget2d.errors import InputError, ModelError, OutputError
-from nugget2d.fingerprint import fingerprint
-from nugget2d.network import Network
-from nugget2d.parameters import ADAPTERS
+from nugget2d.modeling.adapters import HALVES, read_adapters, write_adapters
+from nugget2d.modeling.digest import fingerprint
+from nugget2d.modeling.network import Network
+from nugget2d.modeling.parameters import ADAPTERS
 
 # what transformers looks for in a folder
 HUB_FILE, MODEL_TYPE = "config.json", "nugget2d"

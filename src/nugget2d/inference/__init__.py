@@ -1,0 +1,1 @@
+"""A memory in front of a prompt: reconstruct, continue, score, sample."""

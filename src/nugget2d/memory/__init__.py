@@ -1,0 +1,1 @@
+"""What a context becomes: payload, provenance, file."""

@@ -1,0 +1,1 @@
+"""Ways to compress a context; the registry names them."""

@@ -1,0 +1,1 @@
+"""Nugget2D: the trained method, cut into segments, states of chosen tokens."""

@@ -1,0 +1,1 @@
+"""Everything that touches transformers: network, weights, cache, hooks, what can be wrapped."""

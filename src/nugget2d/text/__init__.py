@@ -1,0 +1,1 @@
+"""Text in, text out: tokens, segments, and the detokenizer of streamed answers."""
