@@ -46,7 +46,7 @@ def main() -> None:
         corpus = Path(folder, "corpus.jsonl")
         corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         for workers in options.workers:
-            job = Job(store=str(Path(folder, str(workers))), model=options.model, ratio=options.ratio)
+            job = Job(store=str(Path(folder, str(workers))), model=options.model, options={"ratio": options.ratio})
             summary = index(corpus, job, workers)
             figures = speed(summary.added, summary.tokens, summary.seconds)
             results.append({"what": "index", "processes": workers, **figures})

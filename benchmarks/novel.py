@@ -13,7 +13,7 @@ from nugget2d import Nugget2D
 from nugget2d.errors import ExactFallbackWarning
 from nugget2d.evaluation.fidelity import bleu
 from nugget2d.evaluation.report import write_report
-from nugget2d.inference.reading import reconstruct_ids
+from nugget2d.inference.reconstruction import reconstruct_ids
 from nugget2d.training.corpus import documents
 from nugget2d.training.recipe import Source
 

@@ -70,7 +70,7 @@ def measure(
     texts = [window.text for window in windows]
     targets = torch.tensor([window.target for window in windows])
     start = time.perf_counter()
-    memories = model.compress(texts, ratio=ratio, refine=steps, exact=True)
+    memories = model.compress(texts, ratio=ratio, optimize_steps=steps, exact=True)
     seconds = time.perf_counter() - start
     greedy = model.reconstruct([replace(memory, exact=None) for memory in memories])
     tokens, nuggets = (sum(getattr(memory, name) for memory in memories) for name in ("num_tokens", "num_nuggets"))
@@ -88,7 +88,7 @@ def measure(
         "steps": steps,
         "seconds_each": round(seconds / len(windows), 3),
         "bleu": round(bleu(greedy, texts), 2),
-        "accuracy": round(sum((m.quality or 0) * m.num_tokens for m in memories) / tokens, 4),
+        "accuracy": round(sum((m.accuracy or 0) * m.num_tokens for m in memories) / tokens, 4),
         "exact_windows": round(sum(a == b for a, b in zip(greedy, texts, strict=True)) / len(windows), 3),
         **{key: round(float(losses.mean()), 4) for key, losses in nll.items()},
         "retained": round((none - memory) / (none - full), 3),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nugget2d import Nugget2D
 from nugget2d.evaluation.report import markdown_table, write_report
-from nugget2d.inference.reading import join_rows
+from nugget2d.inference.placement import join_rows
 from nugget2d.modeling.losses import token_losses
 from nugget2d.streaming.layout import Layout
 from nugget2d.streaming.parallel import Way, mixed_logits

@@ -10,7 +10,8 @@ from transformers import DynamicCache
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import ContextWarning, ModelError
-from nugget2d.inference.reading import segment_nuggets, text_nuggets
+from nugget2d.inference.placement import segment_nuggets
+from nugget2d.inference.prefix import text_nuggets
 from nugget2d.methods.nugget.encoding import pad
 from nugget2d.modeling.cache import Nuggets, gather_nuggets
 from nugget2d.modeling.compatibility import as_cache

@@ -178,7 +178,7 @@ def test_selection_is_passed_on(model: str, source: Path, tmp_path: Path) -> Non
 
 def test_fallback_is_one_warning_line(memories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # as on a machine that rounds differently: every guess goes wrong
-    monkeypatch.setattr("nugget2d.inference.reading._replay", lambda model, rows: [[0] for _ in rows])
+    monkeypatch.setattr("nugget2d.inference.reconstruction._replay", lambda model, rows: [[0] for _ in rows])
     result = run("reconstruct", memories / "exact.nugget")
     assert result.stdout_bytes == TEXT.encode()
     assert result.stderr.startswith("warning: ") and result.stderr.count("\n") == 1
@@ -218,8 +218,8 @@ def test_inspect_text_and_memory(model: str, source: Path, memories: Path, tmp_p
     of_text = json.loads(run("inspect", source, "--json", "--model", model, "--ratio", 4).stdout_bytes)
     of_memory = json.loads(run("inspect", memories / "exact.nugget", "--json").stdout_bytes)
     # exact mode measures what it has to patch
-    assert of_text["quality"] is None and of_memory["quality"] is not None
-    assert of_text | {"quality": of_memory["quality"]} == of_memory
+    assert of_text["accuracy"] is None and of_memory["accuracy"] is not None
+    assert of_text | {"accuracy": of_memory["accuracy"]} == of_memory
     assert "".join(part["text"] for part in of_text["runs"]) == TEXT
     assert json.loads(run("inspect", memories / "plain.nugget", "--json").stdout_bytes)["reconstructed"]
     renamed = tmp_path / "renamed.bin"

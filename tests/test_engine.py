@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import InputError, OverloadError, ShutdownError, TimeLimitError
-from nugget2d.inference.reading import text_nuggets
+from nugget2d.inference.prefix import text_nuggets
 from nugget2d.inference.sampling import Sampler
 from nugget2d.modeling.cache import Nuggets
 from nugget2d.server import batch, engine, jobs

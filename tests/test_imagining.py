@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from nugget2d.errors import InputError
-from nugget2d.inference.continuations import imagine
+from nugget2d.inference.continuations import sample_continuations
 
 LENGTHS = (9, 4, 14)
 SAMPLES, TOKENS = 3, 5
@@ -19,7 +19,7 @@ def texts() -> list[list[int]]:
 @torch.no_grad()
 def test_expected_is_what_the_lm_says_after_the_text(kind: str, adapters: str) -> None:
     model = tiny.trained(kind, adapters)
-    imagined = imagine(model, texts(), SAMPLES, TOKENS)
+    imagined = sample_continuations(model, texts(), SAMPLES, TOKENS)
     assert imagined.ids.shape == (SAMPLES, len(LENGTHS), TOKENS)
     for row, text in enumerate(texts()):
         for sample in range(SAMPLES):
@@ -30,15 +30,15 @@ def test_expected_is_what_the_lm_says_after_the_text(kind: str, adapters: str) -
 
 def test_a_text_gets_its_own_continuations_in_any_batch() -> None:
     model = tiny.trained()
-    together = imagine(model, texts(), SAMPLES, TOKENS).ids
+    together = sample_continuations(model, texts(), SAMPLES, TOKENS).ids
     for row, text in enumerate(texts()):
-        assert torch.equal(imagine(model, [text], SAMPLES, TOKENS).ids[:, 0], together[:, row])
+        assert torch.equal(sample_continuations(model, [text], SAMPLES, TOKENS).ids[:, 0], together[:, row])
     assert len(set(map(tuple, together[:, 0].tolist()))) > 1
 
 
 def test_tokens_come_as_often_as_they_are_likely() -> None:
     model = tiny.make()
-    drawn = imagine(model, [texts()[0]], 4000, 1)
+    drawn = sample_continuations(model, [texts()[0]], 4000, 1)
     frequency = torch.bincount(drawn.ids.flatten(), minlength=drawn.expected.shape[-1]) / 4000
     likely = drawn.expected[0, 0, 0].exp()
     # four standard deviations of the frequency of the likeliest token
@@ -48,4 +48,4 @@ def test_tokens_come_as_often_as_they_are_likely() -> None:
 def test_no_positions_left() -> None:
     model = tiny.make("gpt2")
     with pytest.raises(InputError, match="positions"):
-        imagine(model, [[1] * 1020], 1, 8)
+        sample_continuations(model, [[1] * 1020], 1, 8)

@@ -16,9 +16,9 @@ import tiny
 from nugget2d import Nugget2D
 from nugget2d.baselines.pooled import PooledMemory
 from nugget2d.errors import ModelError, RecipeError
-from nugget2d.inference.reading import join_rows
-from nugget2d.inference.token_decoding import spelled
-from nugget2d.modeling.cache import KeyRotation
+from nugget2d.inference.placement import join_rows
+from nugget2d.inference.token_decoding import decode_tokens
+from nugget2d.modeling.rotation import KeyRotation
 from nugget2d.modeling.hooks import inputs_of
 from nugget2d.modeling.network import Encoded
 from nugget2d.modeling.readout import slot_layout, unrotated_layers
@@ -125,7 +125,7 @@ def test_growing_keeps_what_reads_slots_and_moves_keys(before: Nugget2D, after: 
     assert unrotated_layers(after.lm) == [PLACE] and unrotated_layers(before.lm) == []
     assert slot_layout(after).layers == [2, 3]
     memory = after.compress(tiny.TEXT, ratio=4)
-    for old, new in zip(spelled(before, before.compress(tiny.TEXT, ratio=4)), spelled(after, memory), strict=True):
+    for old, new in zip(decode_tokens(before, before.compress(tiny.TEXT, ratio=4)), decode_tokens(after, memory), strict=True):
         # of the decoder's own projections, which are those of before
         assert torch.equal(old, new)
     rotation = KeyRotation(after.parameters_by_role.body, 4)

@@ -72,8 +72,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_newer_version_is_named(stored: bytes, tmp_path: Path) -> None:
-    assert stored.count(b'"version":"1"') == 1
-    assert "version 2" in refused(stored.replace(b'"version":"1"', b'"version":"2"'), tmp_path / "new.nugget")
+    assert stored.count(b'"version":"2"') == 1
+    assert "version 3" in refused(stored.replace(b'"version":"2"', b'"version":"3"'), tmp_path / "new.nugget")
 
 
 def test_another_models_memory_is_refused_by_name(llama: Nugget2D) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import ContextWarning, InputError, ModelError, OutputError
-from nugget2d.inference.reading import text_nuggets
+from nugget2d.inference.prefix import text_nuggets
 from nugget2d.modeling.compatibility import as_cache
 from nugget2d.text.segmentation import tokenize
 

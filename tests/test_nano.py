@@ -8,7 +8,7 @@ import torch
 
 from nugget2d import Memory, Nugget2D
 from nugget2d.evaluation.fidelity import bleu
-from nugget2d.inference.token_decoding import spelled
+from nugget2d.inference.token_decoding import decode_tokens
 from nugget2d.store import MemoryStore
 from nugget2d.training.recipe import load_recipe
 
@@ -58,7 +58,7 @@ def test_going_on_from_a_memory_is_no_worse_than_from_nothing(nano: Nugget2D) ->
 def test_its_nuggets_spell_the_text(nano: Nugget2D, ratio: float, floor: float) -> None:
     """What search knows of a memory: nearly all tokens of every segment, whichever were chosen."""
     memory = nano.compress(TEXT, ratio=ratio, dtype="int8")
-    found, tokens = spelled(nano, memory), nano.ids(TEXT)[0].split([one.num_tokens for one in memory.segments])
+    found, tokens = decode_tokens(nano, memory), nano.ids(TEXT)[0].split([one.num_tokens for one in memory.segments])
     common = 0
     for mine, theirs in zip(found, tokens, strict=True):
         assert len(mine) <= len(theirs)

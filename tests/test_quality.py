@@ -34,7 +34,7 @@ def nano() -> Nugget2D:
 def mixed(nano: Nugget2D) -> Memory:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QualityWarning)
-        return nano.compress(MIXED, quality=0.5, dtype="int8")
+        return nano.compress(MIXED, target_accuracy=0.5, dtype="int8")
 
 
 def remeasured(model: Nugget2D, text: str, memory: Memory) -> list[float]:
@@ -61,18 +61,18 @@ def remeasured(model: Nugget2D, text: str, memory: Memory) -> list[float]:
 
 def test_ratio_and_quality_exclude_one_another(llama: Nugget2D) -> None:
     with pytest.raises(InputError, match="give one of them"):
-        llama.compress("The dog.", ratio=4, quality=0.9)
+        llama.compress("The dog.", ratio=4, target_accuracy=0.9)
 
 
 @pytest.mark.parametrize("quality", [0, -0.5, 1.01, float("nan")])
 def test_quality_is_a_share(llama: Nugget2D, quality: float) -> None:
     with pytest.raises(InputError, match="at most 1"):
-        llama.compress("The dog.", quality=quality)
+        llama.compress("The dog.", target_accuracy=quality)
 
 
 def test_neither_means_a_ratio_of_20(llama: Nugget2D) -> None:
     assert llama.compress(tiny.TEXT).num_nuggets == llama.compress(tiny.TEXT, ratio=20).num_nuggets
-    assert llama.compress(tiny.TEXT).quality is None
+    assert llama.compress(tiny.TEXT).accuracy is None
 
 
 # ---- the search ----
@@ -106,7 +106,7 @@ def test_when_nothing_suffices_the_best_is_kept() -> None:
 
 
 def test_an_easy_target_gives_the_highest_ratio(nano: Nugget2D) -> None:
-    memory = nano.compress(ENGLISH, quality=0.001)
+    memory = nano.compress(ENGLISH, target_accuracy=0.001)
     assert [segment.num_nuggets for segment in memory.segments] == [1] * len(memory.segments)
 
 
@@ -117,11 +117,11 @@ def test_hard_segments_get_more_nuggets(mixed: Memory) -> None:
 
 
 def test_a_missed_target_is_said_once(llama: Nugget2D) -> None:
-    with pytest.warns(QualityWarning, match="segments miss quality 0.9") as caught:
-        memory = llama.compress(tiny.TEXT, quality=0.9)
+    with pytest.warns(QualityWarning, match="segments miss target_accuracy 0.9") as caught:
+        memory = llama.compress(tiny.TEXT, target_accuracy=0.9)
     assert len(caught) == 1
     assert caught[0].filename == __file__
-    assert memory.quality is not None and memory.quality < 0.9
+    assert memory.accuracy is not None and memory.accuracy < 0.9
 
 
 # ---- what the memory knows ----
@@ -134,30 +134,18 @@ def test_accuracy_is_that_of_the_file(nano: Nugget2D, mixed: Memory, tmp_path: P
     again = remeasured(nano, MIXED, loaded)
     assert [segment.accuracy for segment in loaded.segments] == pytest.approx(again)
     weighted = sum(a * s.num_tokens for a, s in zip(again, loaded.segments, strict=True)) / loaded.num_tokens
-    assert loaded.quality == pytest.approx(weighted)
+    assert loaded.accuracy == pytest.approx(weighted)
 
 
 def test_joins_keep_accuracies_and_another_dtype_drops_them(nano: Nugget2D, mixed: Memory) -> None:
     assert [s.accuracy for s in Memory.join([mixed, mixed]).segments] == 2 * [s.accuracy for s in mixed.segments]
-    assert mixed.to("float32").quality is None
-    assert Memory.join([mixed, nano.compress("The dog.", ratio=2, dtype="int8")]).quality is None
-
-
-def test_older_files_load(llama: Nugget2D, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = llama.compress(tiny.TEXT, ratio=8, exact=True)
-    assert memory.quality is not None
-    header = {key: value for key, value in memory._header().items() if key != "accuracies"}
-    assert all(len(row) == 4 for row in header["segments"])
-    monkeypatch.setattr(Memory, "_header", lambda self: json.loads(json.dumps(header)))
-    memory.save(tmp_path / "old.nugget")
-    old = Memory.load(tmp_path / "old.nugget")
-    assert old.quality is None
-    assert llama.reconstruct(old) == tiny.TEXT
+    assert mixed.to("float32").accuracy is None
+    assert Memory.join([mixed, nano.compress("The dog.", ratio=2, dtype="int8")]).accuracy is None
 
 
 def test_exact_mode_patches_what_quality_leaves(nano: Nugget2D) -> None:
-    memory = nano.compress(ENGLISH, quality=0.5, exact=True)
-    assert 0.5 <= memory.quality < 1
+    memory = nano.compress(ENGLISH, target_accuracy=0.5, exact=True)
+    assert 0.5 <= memory.accuracy < 1
     assert nano.reconstruct(memory) == ENGLISH
 
 
@@ -178,8 +166,8 @@ def test_the_command_reports_what_it_chose(tmp_path: Path) -> None:
     assert not out.exists()
     done = run(*compress)
     assert done.exit_code == 0, done.output
-    assert "segments miss quality 0.9" in done.stderr
+    assert "segments miss target_accuracy 0.9" in done.stderr
     memory = Memory.load(out)
-    assert f"{memory.quality:.4f}" in done.stdout and "segment ratio" in done.stdout
-    assert f"measured accuracy {memory.quality:.4f}" in run("inspect", out).stdout
-    assert json.loads(run("inspect", out, "--json").stdout)["quality"] == memory.quality
+    assert f"{memory.accuracy:.4f}" in done.stdout and "segment ratio" in done.stdout
+    assert f"measured accuracy {memory.accuracy:.4f}" in run("inspect", out).stdout
+    assert json.loads(run("inspect", out, "--json").stdout)["accuracy"] == memory.accuracy

@@ -11,7 +11,7 @@ import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.cli.app import app
 from nugget2d.errors import InputError, QualityWarning
-from nugget2d.inference.reading import segment_nuggets
+from nugget2d.inference.placement import segment_nuggets
 from nugget2d.methods.nugget.encoding import pad
 from nugget2d.modeling.losses import token_losses
 from nugget2d.text.segmentation import split
@@ -41,7 +41,7 @@ def test_every_segment_reads_better(adapters: str, dtype: str) -> None:
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     flags = [parameter.requires_grad for parameter in model.parameters()]
     before = model.compress(TEXT, ratio=8, dtype=dtype, exact=True)
-    after = model.compress(TEXT, ratio=8, dtype=dtype, refine=15)
+    after = model.compress(TEXT, ratio=8, dtype=dtype, optimize_steps=15)
 
     assert (losses(model, after) < losses(model, before) - 0.1).all()
     assert all(a >= b for a, b in zip(accuracies(after), accuracies(before), strict=True))
@@ -56,9 +56,9 @@ def test_every_segment_reads_better(adapters: str, dtype: str) -> None:
 
 def test_a_segment_is_refined_alike_in_any_batch(llama: Nugget2D) -> None:
     texts = [tiny.TEXT[:40], tiny.TEXT[40:70], tiny.TEXT[200:280]]
-    together = llama.compress(texts, ratio=8, refine=5)
+    together = llama.compress(texts, ratio=8, optimize_steps=5)
     for text, memory in zip(texts, together, strict=True):
-        alone = llama.compress(text, ratio=8, refine=5)
+        alone = llama.compress(text, ratio=8, optimize_steps=5)
         for a, b in zip((*alone.keys, *alone.values), (*memory.keys, *memory.values), strict=True):
             torch.testing.assert_close(a.data, b.data, atol=2e-3, rtol=1e-3)
 
@@ -66,13 +66,13 @@ def test_a_segment_is_refined_alike_in_any_batch(llama: Nugget2D) -> None:
 def test_it_stops_at_quality_and_says_what_missed(llama: Nugget2D) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", QualityWarning)
-        enough = llama.compress("The keeper wrote.", ratio=1, quality=0.2, refine=200)
-        whole = llama.compress("The keeper wrote.", ratio=1, refine=300)
-    assert 0.2 <= enough.quality < 1
-    assert whole.quality == 1
+        enough = llama.compress("The keeper wrote.", ratio=1, target_accuracy=0.2, optimize_steps=200)
+        whole = llama.compress("The keeper wrote.", ratio=1, optimize_steps=300)
+    assert 0.2 <= enough.accuracy < 1
+    assert whole.accuracy == 1
     assert llama.reconstruct(whole) == "The keeper wrote."
-    with pytest.warns(QualityWarning, match="refine longer"):
-        llama.compress(TEXT, ratio=8, quality=0.99, refine=1)
+    with pytest.warns(QualityWarning, match="optimize longer"):
+        llama.compress(TEXT, ratio=8, target_accuracy=0.99, optimize_steps=1)
 
 
 @pytest.mark.filterwarnings("ignore::nugget2d.errors.QualityWarning")
@@ -80,7 +80,7 @@ def test_what_is_good_enough_is_left_alone(llama: Nugget2D) -> None:
     plain = llama.compress(tiny.TEXT, ratio=8, exact=True)
     target = max(accuracies(plain))
     assert min(accuracies(plain)) < target
-    refined = llama.compress(tiny.TEXT, ratio=8, refine=5, quality=target)
+    refined = llama.compress(tiny.TEXT, ratio=8, optimize_steps=5, target_accuracy=target)
     for part, accuracy in zip(plain.segment_slices, accuracies(plain), strict=True):
         same = torch.equal(plain.keys[0].data[:, part], refined.keys[0].data[:, part])
         assert same == (accuracy == target)
@@ -95,7 +95,7 @@ def test_going_on_comes_nearer_to_what_the_text_would_say(llama: Nugget2D, monke
 
     def divergence(steps: int) -> float:
         """From the LM that sees the text, on a continuation that was not imagined."""
-        nuggets = segment_nuggets(llama, [(llama.compress(piece.text, ratio=8, refine=steps), 0)])
+        nuggets = segment_nuggets(llama, [(llama.compress(piece.text, ratio=8, optimize_steps=steps), 0)])
         predicted = llama.decode(nuggets, rest[:, :-1], prompt="continue", start=length).log_softmax(-1)
         return float((expected.exp() * (expected - predicted)).sum(-1).mean())
 
@@ -107,17 +107,17 @@ def test_going_on_comes_nearer_to_what_the_text_would_say(llama: Nugget2D, monke
 
 def test_exact_mode_fits_the_refined_states(llama: Nugget2D) -> None:
     plain = llama.compress(TEXT, ratio=8, exact=True, dtype="int8")
-    refined = llama.compress(TEXT, ratio=8, exact=True, dtype="int8", refine=30)
+    refined = llama.compress(TEXT, ratio=8, exact=True, dtype="int8", optimize_steps=30)
     assert llama.reconstruct(refined) == TEXT
     assert sum(map(len, refined.exact.patches)) < sum(map(len, plain.exact.patches))
 
 
 def test_progress_and_bad_steps(llama: Nugget2D) -> None:
     calls: list[tuple[int, int]] = []
-    memory = llama.compress(TEXT, refine=1, on_progress=lambda done, total: calls.append((done, total)))
+    memory = llama.compress(TEXT, optimize_steps=1, on_progress=lambda done, total: calls.append((done, total)))
     assert calls[-1] == (len(memory.segments),) * 2
-    with pytest.raises(InputError, match="0 or more"):
-        llama.compress(TEXT, refine=-1)
+    with pytest.raises(InputError, match="optimize_steps"):
+        llama.compress(TEXT, optimize_steps=-1)
 
 
 def test_the_command_refines(tmp_path: Path) -> None:
@@ -129,4 +129,4 @@ def test_the_command_refines(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*arguments, "--refine", "20"])
     assert result.exit_code == 0, result.output
     plain = Nugget2D.from_pretrained(folder).compress(TEXT, ratio=8, exact=True)
-    assert Memory.load(out).quality > plain.quality
+    assert Memory.load(out).accuracy > plain.accuracy

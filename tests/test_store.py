@@ -15,9 +15,10 @@ import torch
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import InputError, MemoryFileError, OutputError, StoreError, UnknownMemoryError
-from nugget2d.inference.token_decoding import spelled
+from nugget2d.inference.token_decoding import decode_tokens
 from nugget2d.memory.states import States, StoreDtype
-from nugget2d.store import MemoryStore, Record, Settings
+from nugget2d.methods.options import CompressOptions, digest
+from nugget2d.store import MemoryStore, Record
 from nugget2d.store.words import Words, relevance
 
 TEXT = "The dog looked up as if it had counted too. In winter the road was closed for weeks."
@@ -69,7 +70,7 @@ def test_the_same_work_is_not_done_twice(store: MemoryStore, llama: Nugget2D, mo
         store.add(llama, TEXT, ratio=4, exact=True),
         store.add(llama, TEXT, ratio=4, dtype="int8"),
         store.add(llama, TEXT, ratio=4, selection="even"),
-        store.add(llama, TEXT, quality=0.5),
+        store.add(llama, TEXT, target_accuracy=0.5),
         store.add(tiny.trained("llama", "copies", seed=9), TEXT, ratio=4),
     ]
     assert len({first.id, *(record.id for record in others)}) == 8 == len(store.records())
@@ -113,13 +114,19 @@ def test_ids_never_become_paths(store: MemoryStore, llama: Nugget2D, id: str) ->
         store.put(llama.compress(TEXT, ratio=4), key=id)
 
 
-def test_addresses_have_no_seams() -> None:
+def test_addresses_have_no_seams(llama: Nugget2D) -> None:
     """What ends one part of an address cannot begin the next."""
-    settings = Settings(ratio=4, quality=None, refine=0, exact=False, selection="even", dtype="int8")
-    model = tiny.make().fingerprint
-    moved = replace(model, model=model.model + "a", tokenizer=model.tokenizer[1:])
-    assert settings.address("b", moved) != settings.address("b", replace(moved, model=model.model, tokenizer="a"))
-    assert settings.address("\ud800", model) != settings.address("\ud801", model)
+    assert digest("text", "ab", "c") != digest("text", "a", "bc") != digest("text", "a", "b", "c")
+    settings = CompressOptions.of(llama, ratio=4, dtype="int8")
+    assert settings.address("\ud800", llama) != settings.address("\ud801", llama)
+
+
+def test_a_training_free_memory_has_one_address_for_every_wrapper_of_the_base() -> None:
+    one, other = tiny.trained("llama", "lora", 0), tiny.make("llama", "lora", 0)
+    free, trained = ({"method": "knorm"}, {"method": "nugget2d"})
+    addresses = [[CompressOptions.of(model, **how).address(TEXT, model) for model in (one, other)] for how in (free, trained)]
+    assert addresses[0][0] == addresses[0][1]
+    assert addresses[1][0] != addresses[1][1]
 
 
 def test_a_new_process_finds_everything(tmp_path: Path, llama: Nugget2D) -> None:
@@ -131,16 +138,17 @@ def test_a_new_process_finds_everything(tmp_path: Path, llama: Nugget2D) -> None
 
 
 def test_settings_are_those_that_compress_would_take(llama: Nugget2D) -> None:
-    assert Settings.of(llama) == Settings.of(llama, ratio=20, selection="learned", dtype="float32")
-    assert Settings.of(llama, quality=0.9).ratio is None
-    assert Settings.of(llama, quality=0.9, refine=3).ratio == 20
-    for asked in ({}, {"quality": 0.5}, {"ratio": 3.0, "exact": True, "dtype": "bfloat16"}):
+    of = CompressOptions.of
+    assert of(llama) == of(llama, method="nugget2d", ratio=20, selection="learned", dtype="float32")
+    assert of(llama, target_accuracy=0.9).ratio is None
+    assert of(llama, target_accuracy=0.9, optimize_steps=3).ratio == 20
+    for asked in ({}, {"target_accuracy": 0.5}, {"method": "knorm", "nuggets": 7}, {"ratio": 3.0, "exact": True, "dtype": "bfloat16"}):
         direct = llama.compress(TEXT, **asked)
-        assert Settings.of(llama, **asked).compress(llama, TEXT).checksum == direct.checksum
+        assert of(llama, **asked).compress(llama, [TEXT])[0].checksum == direct.checksum
 
 
 def test_what_compress_refuses_is_not_kept(store: MemoryStore, llama: Nugget2D) -> None:
-    for text, asked in (("", {}), (TEXT, {"ratio": 0.5}), (TEXT, {"dtype": "int4"}), (TEXT, {"quality": 2.0})):
+    for text, asked in (("", {}), (TEXT, {"ratio": 0.5}), (TEXT, {"dtype": "int4"}), (TEXT, {"target_accuracy": 2.0})):
         with pytest.raises(InputError):
             store.add(llama, text, **asked)
     assert store.records() == []
@@ -327,7 +335,7 @@ def test_search_finds_the_segment(store: MemoryStore, llama: Nugget2D) -> None:
 def test_chosen_tokens_are_read_off_any_memory(kind: str, dtype: StoreDtype) -> None:
     model = tiny.trained(kind, "lora")
     memory = model.compress(TEXT, ratio=3, dtype=dtype)
-    ids, spelt = model.ids(TEXT)[0], spelled(model, memory)
+    ids, spelt = model.ids(TEXT)[0], decode_tokens(model, memory)
     assert [len(part) for part in spelt] == [segment.num_nuggets for segment in memory.segments]
     right = (torch.cat(spelt) == ids[memory.positions]).float().mean()
     assert right == 1 if kind != "gpt2" else right > 0.5  # there, positions are as loud as tokens

@@ -194,7 +194,7 @@ def test_workers_do_what_one_process_does(
 ) -> None:
     monkeypatch.setattr(indexing, "BATCH_CHARS", 500)  # several batches for each worker
     seen: list[tuple[int, int]] = []
-    job = Job(store=str(tmp_path / "store"), model=model, ratio=4, tags=("c",))
+    job = Job(store=str(tmp_path / "store"), model=model, options={"ratio": 4}, tags=("c",))
     summary = indexing.index(corpus, job, 2, lambda done, total: seen.append((done, total)), engine)
     assert (summary.added, summary.known, summary.documents) == (12, 1, 15)
     assert sorted(failure.name for failure in summary.failures) == ["corpus.jsonl:14", "empty"]
@@ -227,7 +227,7 @@ def test_index_goes_on_where_it_stopped(corpus: Path, tmp_path: Path, model: str
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(indexing, "BATCH_CHARS", 500)
         patched.setitem(indexing.ENGINES, "process", interrupted)
-        indexing.index(corpus, Job(store=str(store), model=model, ratio=4), 1)
+        indexing.index(corpus, Job(store=str(store), model=model, options={"ratio": 4}), 1)
     with MemoryStore(store) as opened:
         kept = len(opened.records())
         assert 0 < kept < 12 and opened.verify() == []

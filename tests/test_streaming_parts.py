@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import tiny
 from nugget2d import Nugget2D
 from nugget2d.errors import InputError
-from nugget2d.inference.reading import join_rows
+from nugget2d.inference.placement import join_rows
 from nugget2d.modeling.cache import Nuggets
 from nugget2d.modeling.losses import token_losses
 from nugget2d.modeling.parameters import Role

@@ -9,12 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nugget2d.checkpoints import pretrained
-from nugget2d.config import Adapters, MemoryKind, NuggetConfig, SelectionName, Threshold
+from nugget2d.config import Adapters, MemoryKind, NuggetConfig, Threshold
 from nugget2d.errors import InputError, ModelError
-from nugget2d.inference import generation, reading
+from nugget2d.inference import generation, reconstruction, scoring
 from nugget2d.memory.memory import Memory
-from nugget2d.memory.states import StoreDtype
-from nugget2d.methods.nugget import compressing
+from nugget2d.methods.options import CompressOptions
 from nugget2d.modeling.compatibility import fitting_fields
 from nugget2d.modeling.network import Network
 from nugget2d.modeling.parameters import attention_projections
@@ -161,71 +160,61 @@ class Nugget2D(Network):
         self,
         text: str,
         *,
+        method: str | None = ...,
         ratio: float | None = ...,
-        quality: float | None = ...,
-        refine: int = ...,
-        exact: bool = ...,
-        selection: SelectionName | None = ...,
-        dtype: StoreDtype | None = ...,
+        nuggets: int | None = ...,
+        nbytes: int | None = ...,
         on_progress: Callable[[int, int], None] | None = ...,
+        **options: Any,
     ) -> Memory: ...
     @overload
     def compress(
         self,
         text: list[str] | tuple[str, ...],
         *,
+        method: str | None = ...,
         ratio: float | None = ...,
-        quality: float | None = ...,
-        refine: int = ...,
-        exact: bool = ...,
-        selection: SelectionName | None = ...,
-        dtype: StoreDtype | None = ...,
+        nuggets: int | None = ...,
+        nbytes: int | None = ...,
         on_progress: Callable[[int, int], None] | None = ...,
+        **options: Any,
     ) -> list[Memory]: ...
     def compress(
         self,
         text: str | list[str] | tuple[str, ...],
         *,
+        method: str | None = None,
         ratio: float | None = None,
-        quality: float | None = None,
-        refine: int = 0,
-        exact: bool = False,
-        selection: SelectionName | None = None,
-        dtype: StoreDtype | None = None,
+        nuggets: int | None = None,
+        nbytes: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
+        **options: Any,
     ) -> Memory | list[Memory]:
-        """Turn a text (or a list of texts, in padded batches) into a memory (or a list of them).
-
-        A text longer than `config.window` tokens is cut at sentence ends, its segments are compressed side by side
-        and joined, in time linear in the text.
+        """Turn a text (or a list of texts) into a memory (or a list of them).
 
         Args:
             text: any Unicode text, not empty.
-            ratio: tokens for each nugget, at least 1; 20 if neither ratio nor quality is given.
-            quality: share of the tokens, above 0 and at most 1, that must read back right. Each segment gets the
-                highest ratio that was measured to do so (see quality.py): hard ones get more nuggets. With `refine`
-                it is where refinement stops instead, and the ratio is kept as asked.
-            refine: at most so many gradient steps on the nuggets of every segment that reads worse than `quality`
-                (all right, if not given). Weights stay as they are; no segment reads worse afterwards. Each step
-                costs about as much as four passes over the text (see refining.py).
-            exact: also store what greedy decoding would miss, so that `reconstruct` returns the very same string.
-            selection: "learned", "window", "even", "random" or "punctuation"; None takes the model's own.
-            dtype: how to keep the states: "float32", "bfloat16" or "int8"; None takes the model's own precision.
-            on_progress: called with (segments done, segments in all).
-
-        Accuracies that were measured on the way (quality, refine, exact) are kept in the memory.
+            method: its name, as `nugget2d methods` lists them; None takes "nugget2d" with a trained compressor, else
+                the training-free default (`nugget2d.methods.registry.DEFAULT`).
+            ratio: tokens for each nugget, at least 1; None takes the method's default (nugget2d 20, others 5) unless
+                another budget is given.
+            nuggets: tokens that a head keeps, on average, in place of a ratio.
+            nbytes: bytes of the memory, in place of a ratio.
+            on_progress: called with (parts done, parts in all).
+            options: the method's configuration, e.g. `dtype="int8"` (all that keep states: "float32", "bfloat16" or
+                "int8"), `chat=True` or `sinks=8`; of nugget2d `exact`, `target_accuracy`, `optimize_steps`, `selection`
+                (see `NuggetMethod`).
 
         Warns:
-            QualityWarning: some segments miss `quality`; they keep the best that was measured.
+            QualityWarning: some segments miss `target_accuracy`; they keep the best that was measured.
 
         Raises:
-            InputError: an empty text, a ratio below 1, a quality outside (0, 1], both of them without `refine`,
-                negative `refine`, an unknown selection or dtype.
+            InputError: an empty text, an unknown method, option or dtype, a budget out of range, or several budgets.
+            ModelError: method nugget2d without a trained compressor.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        memories = compressing.compress_texts(
-            self, texts, ratio, quality, refine, exact, selection or self.config.selection, dtype, on_progress
-        )
+        how = CompressOptions.of(self, method=method, ratio=ratio, nuggets=nuggets, nbytes=nbytes, **options)
+        memories = how.compress(self, texts, on_progress)
         return memories[0] if isinstance(text, str) else memories
 
     @overload
@@ -246,7 +235,7 @@ class Nugget2D(Network):
             MismatchError: the memory was made by another model.
         """
         memories = [memory] if isinstance(memory, Memory) else list(memory)
-        texts = reading.reconstruct_texts(self, memories, on_progress)
+        texts = reconstruction.reconstruct_texts(self, memories, on_progress)
         return texts[0] if isinstance(memory, Memory) else texts
 
     @overload
@@ -308,18 +297,17 @@ class Nugget2D(Network):
         """
         return generation.generate(self, prompt, memory, max_new_tokens, stream, options)
 
-    @torch.no_grad()
-    def score(self, text: str, *, memory: Memory | None = None) -> float:
-        """Mean negative log-likelihood of `text` after `memory`, in nats per token of this model's tokenizer.
+    def score(self, text: str, *, memory: Memory | None = None, prompt: str = "") -> float:
+        """Mean negative log-likelihood of `text` after `memory` and `prompt`, in nats per token of this tokenizer.
 
-        Without memory the first token, which nothing predicts, is not counted unless the tokenizer has a start (or
-        end-of-text) token to stand before it.
+        With nothing before it the first token, which nothing predicts, is not counted unless the tokenizer has a start
+        (or end-of-text) token to stand before it.
 
         Raises:
             InputError: no token to score.
             MismatchError: the memory was made by another model.
         """
-        return reading.score(self, text, memory)
+        return scoring.score(self, text, memory, prompt)
 
     def stream(
         self,

@@ -20,6 +20,7 @@ from nugget2d.cli.doctor import doctor
 from nugget2d.cli.generate import generate
 from nugget2d.cli.index import index
 from nugget2d.cli.inspect import inspect
+from nugget2d.cli.methods import methods
 from nugget2d.cli.reconstruct import reconstruct
 from nugget2d.cli.serve import serve
 from nugget2d.cli.shared import INTERRUPTED, say
@@ -67,7 +68,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compress long texts into small memories (nuggets) that a language model reads back.",
 )
-for command in (compress, reconstruct, generate, chat, inspect, index, train, serve, demo, doctor):
+for command in (compress, methods, reconstruct, generate, chat, inspect, index, train, serve, demo, doctor):
     app.command()(command)
 app.add_typer(store)
 app.add_typer(bench)

@@ -10,14 +10,19 @@ from rich.table import Table
 
 from nugget2d.cli.options import (
     DEFAULT_MODEL,
+    Bytes,
     DtypeOption,
     Exact,
     Force,
+    MethodName,
+    MethodOptions,
     ModelName,
-    Quality,
+    Nuggets,
+    OptimizeSteps,
     Ratio,
-    Refine,
     SelectionOption,
+    TargetAccuracy,
+    compress_arguments,
 )
 from nugget2d.cli.shared import against, figures, load_model, progress, read_source
 from nugget2d.files import check_writable
@@ -29,31 +34,38 @@ if TYPE_CHECKING:
 def compress(
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="A UTF-8 text; - reads standard input.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the memory.")],
+    method: MethodName = None,
     ratio: Ratio = None,
-    quality: Quality = None,
-    refine: Refine = 0,
+    nuggets: Nuggets = None,
+    nbytes: Bytes = None,
+    target_accuracy: TargetAccuracy = None,
+    optimize_steps: OptimizeSteps = None,
     exact: Exact = False,
     dtype: DtypeOption = None,
-    model: ModelName = DEFAULT_MODEL,
     selection: SelectionOption = None,
+    more: MethodOptions = None,
+    model: ModelName = DEFAULT_MODEL,
     force: Force = False,
 ) -> None:
     """Compress a text into a memory file."""
     check_writable(out, force=force)
+    arguments = compress_arguments(
+        method=method,
+        ratio=ratio,
+        nuggets=nuggets,
+        nbytes=nbytes,
+        target_accuracy=target_accuracy,
+        optimize_steps=optimize_steps,
+        exact=exact,
+        dtype=dtype,
+        selection=selection,
+        more=more,
+    )
     text = read_source(file)
     compressor = load_model(model)
     start = perf_counter()
     with progress("compressing") as on_progress:
-        memory = compressor.compress(
-            text,
-            ratio=ratio,
-            quality=quality,
-            refine=refine,
-            exact=exact,
-            selection=selection,
-            dtype=dtype,
-            on_progress=on_progress,
-        )
+        memory = compressor.compress(text, on_progress=on_progress, **arguments)
     seconds = perf_counter() - start
     size = memory.save(out, force=force)
     Console().print(_report(memory, size, seconds))
@@ -64,10 +76,10 @@ def _report(memory: "Memory", size: int, seconds: float) -> Table:
     table.add_row("tokens", f"{memory.num_tokens:,}")
     table.add_row("nuggets", f"{memory.num_nuggets:,}")
     table.add_row("ratio", f"{memory.ratio:.2f}")
-    if memory.quality is not None:
+    if memory.accuracy is not None:
         ratios = [segment.num_tokens / segment.num_nuggets for segment in memory.segments]
         table.add_row("lowest and highest segment ratio", f"{min(ratios):.2f}, {max(ratios):.2f}")
-        table.add_row("measured accuracy", f"{memory.quality:.4f}")
+        table.add_row("measured accuracy", f"{memory.accuracy:.4f}")
     table.add_row("memory against full KV cache", against(memory.nbytes, memory.full_nbytes))
     if memory.exact is not None:
         table.add_row("patch for exact text", f"{memory.exact.patch_nbytes:,} bytes")

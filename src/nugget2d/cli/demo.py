@@ -40,7 +40,7 @@ def demo(
         with progress(f"compressing {wanted:g}x") as on_progress:
             memories.append(compressor.compress(text, ratio=wanted, on_progress=on_progress))
         console.rule(f"nuggets at {wanted:g}x")
-        print_inspection(inspect_text(text, memories[-1]), console)
+        print_inspection(inspect_text(compressor, text, memories[-1]), console)
     console.rule("what comes back")
     console.print(_comparison(compressor, text, memories))
     _exact_round_trip(compressor, text, ratios[-1], console)

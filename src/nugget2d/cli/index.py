@@ -11,16 +11,21 @@ from rich.table import Table
 from nugget2d.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_STORE,
+    Bytes,
     DtypeOption,
     Engine,
     Exact,
+    MethodName,
+    MethodOptions,
     ModelName,
-    Quality,
+    Nuggets,
+    OptimizeSteps,
     Ratio,
-    Refine,
     SelectionOption,
     StorePlace,
     Tags,
+    TargetAccuracy,
+    compress_arguments,
 )
 from nugget2d.cli.shared import figures, progress, safe_to_interrupt, say
 
@@ -40,33 +45,39 @@ def index(
         int | None, typer.Option("--workers", min=1, help="Processes, one thread each.", show_default="one a core")
     ] = None,
     tag: Tags = None,
+    method: MethodName = None,
     ratio: Ratio = None,
-    quality: Quality = None,
-    refine: Refine = 0,
+    nuggets: Nuggets = None,
+    nbytes: Bytes = None,
+    target_accuracy: TargetAccuracy = None,
+    optimize_steps: OptimizeSteps = None,
     exact: Exact = False,
     dtype: DtypeOption = None,
     selection: SelectionOption = None,
+    more: MethodOptions = None,
     model: ModelName = DEFAULT_MODEL,
 ) -> None:
     """Compress every document of a corpus into a store; documents that it has already are skipped.
 
     So an interrupted run is gone on with by the same command. Documents that cannot be read are named at the end.
     """
+    arguments = compress_arguments(
+        method=method,
+        ratio=ratio,
+        nuggets=nuggets,
+        nbytes=nbytes,
+        target_accuracy=target_accuracy,
+        optimize_steps=optimize_steps,
+        exact=exact,
+        dtype=dtype,
+        selection=selection,
+        more=more,
+    )
     with safe_to_interrupt():
         from nugget2d.indexing.run import index as run
         from nugget2d.indexing.work import Job
 
-    job = Job(
-        store=store,
-        model=model,
-        ratio=ratio,
-        quality=quality,
-        refine=refine,
-        exact=exact,
-        dtype=dtype,
-        selection=selection,
-        tags=tuple(tag or ()),
-    )
+    job = Job(store=store, model=model, options=arguments, tags=tuple(tag or ()))
     with progress("indexing", unit="documents") as on_progress:
         summary = run(source, job, workers or os.cpu_count() or 1, on_progress, engine)
     for failure in summary.failures:

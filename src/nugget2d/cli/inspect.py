@@ -14,8 +14,6 @@ from nugget2d.files import atomic_write, check_writable
 if TYPE_CHECKING:
     from nugget2d.inspection import Inspection
 
-DEFAULT_RATIO = 20.0
-
 
 def inspect(
     file: Annotated[str, typer.Argument(metavar="MEMORY.nugget|FILE|-", help="A memory, or a UTF-8 text to compress.")],
@@ -39,7 +37,7 @@ def inspect(
             raise InputError(f"--ratio and --selection are for texts; {file} is a memory and has its nuggets already")
         inspection = _inspect_memory(Path(file), model)
     else:
-        inspection = _inspect_text(file, DEFAULT_RATIO if ratio is None else ratio, model, selection)
+        inspection = _inspect_text(file, ratio, model, selection)
     if html is not None:
         from nugget2d.inspection import to_html
 
@@ -79,11 +77,11 @@ def _inspect_memory(path: Path, model: str | None) -> "Inspection":
         return inspect_memory(reader, memory, on_progress)
 
 
-def _inspect_text(source: str, ratio: float, model: str | None, selection: Selection | None) -> "Inspection":
+def _inspect_text(source: str, ratio: float | None, model: str | None, selection: Selection | None) -> "Inspection":
     text = read_source(source)
     compressor = load_model(model or DEFAULT_MODEL)
     from nugget2d.inspection import inspect_text
 
     with progress("compressing") as on_progress:
         memory = compressor.compress(text, ratio=ratio, selection=selection, on_progress=on_progress)
-    return inspect_text(text, memory)
+    return inspect_text(compressor, text, memory)

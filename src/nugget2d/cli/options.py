@@ -1,9 +1,12 @@
 """Options that several commands share, so that they read and mean the same everywhere."""
 
+import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+
+from nugget2d.errors import InputError
 
 # The core's own `StoreDtype`, `SelectionName` and `EngineName` live beside torch and pydantic, which `--help` must not
 # load; tests/test_cli.py holds these equal to them.
@@ -22,18 +25,41 @@ ReaderName = Annotated[
         "--model", help="Bundled model, model folder, or hub id.", show_default="the model named in the memory"
     ),
 ]
-Ratio = Annotated[float | None, typer.Option("--ratio", help="Tokens for each nugget, at least 1.", show_default="20")]
-Quality = Annotated[
-    float | None,
-    typer.Option("--quality", help="Choose each segment's ratio: this share of its tokens must read back right."),
-]
-Refine = Annotated[
-    int,
+MethodName = Annotated[
+    str | None,
     typer.Option(
-        "--refine", metavar="STEPS", help="Improve the nuggets by gradient steps, until --quality or all is right."
+        "--method",
+        help="How to compress; `nugget2d methods` lists them.",
+        show_default="nugget2d if the model was trained for it, else knorm",
     ),
 ]
-Exact = Annotated[bool, typer.Option("--exact", help="Also keep what makes the very same text come back.")]
+Ratio = Annotated[
+    float | None,
+    typer.Option("--ratio", help="Tokens for each nugget, at least 1.", show_default="20 for nugget2d, 5 for others"),
+]
+Nuggets = Annotated[int | None, typer.Option("--nuggets", help="Tokens to keep, in place of a ratio.")]
+Bytes = Annotated[int | None, typer.Option("--bytes", help="Bytes of states to keep, in place of a ratio.")]
+TargetAccuracy = Annotated[
+    float | None,
+    typer.Option(
+        "--target-accuracy",
+        "--quality",
+        help="Choose each segment's ratio: this share of its tokens must read back right (nugget2d).",
+    ),
+]
+OptimizeSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--optimize-steps",
+        "--refine",
+        help="Gradient steps on the nuggets, until --target-accuracy or all is right (nugget2d).",
+    ),
+]
+Exact = Annotated[bool, typer.Option("--exact", help="Also keep what makes the very same text come back (nugget2d).")]
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Another option of the method; may be given several times."),
+]
 DtypeOption = Annotated[
     Dtype | None, typer.Option("--dtype", help="How to keep the states.", show_default="the model's precision")
 ]
@@ -46,3 +72,33 @@ StorePlace = Annotated[
 ]
 Tags = Annotated[list[str] | None, typer.Option("--tag", help="A word to filter by; may be given several times.")]
 Tag = Annotated[str | None, typer.Option("--tag", help="Only memories with this tag.")]
+
+
+def compress_arguments(
+    *,
+    method: str | None,
+    ratio: float | None,
+    nuggets: int | None = None,
+    nbytes: int | None = None,
+    target_accuracy: float | None = None,
+    optimize_steps: int | None = None,
+    exact: bool = False,
+    dtype: Dtype | None = None,
+    selection: Selection | None = None,
+    more: list[str] | None = None,
+) -> dict[str, Any]:
+    """What was given of these options, as arguments of `Nugget2D.compress`; `more` are the `--set` ones.
+
+    Raises:
+        InputError: one of `more` is not NAME=VALUE.
+    """
+    given = {name: value for name, value in locals().items() if name != "more" and value is not None and value is not False}
+    for one in more or ():
+        name, equals, value = one.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(f"--set takes NAME=VALUE, not {one!r}")
+        try:
+            given[name] = json.loads(value)
+        except ValueError:
+            given[name] = value
+    return given

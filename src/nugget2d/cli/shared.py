@@ -75,7 +75,7 @@ def load_reader(memory: "Memory", name: str | None) -> "Nugget2D":
             raise
         made_by = memory.fingerprint.name
         raise ModelError(f"{error}; the memory was made by {made_by!r}: say where it is with --model") from error
-    memory.require(model.fingerprint)
+    model.require(memory)
     return model
 
 

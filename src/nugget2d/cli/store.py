@@ -10,16 +10,21 @@ import typer
 from nugget2d.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_STORE,
+    Bytes,
     DtypeOption,
     Exact,
+    MethodName,
+    MethodOptions,
     ModelName,
-    Quality,
+    Nuggets,
+    OptimizeSteps,
     Ratio,
-    Refine,
     SelectionOption,
     StorePlace,
     Tag,
     Tags,
+    TargetAccuracy,
+    compress_arguments,
 )
 from nugget2d.cli.shared import load_model, progress, read_source, safe_to_interrupt, say
 from nugget2d.errors import InputError, UnknownMemoryError
@@ -40,15 +45,31 @@ def add(
     files: Annotated[list[str], typer.Argument(metavar="FILES...|-", help="UTF-8 texts; - reads standard input.")],
     store: StorePlace = DEFAULT_STORE,
     tag: Tags = None,
+    method: MethodName = None,
     ratio: Ratio = None,
-    quality: Quality = None,
-    refine: Refine = 0,
+    nuggets: Nuggets = None,
+    nbytes: Bytes = None,
+    target_accuracy: TargetAccuracy = None,
+    optimize_steps: OptimizeSteps = None,
     exact: Exact = False,
     dtype: DtypeOption = None,
     selection: SelectionOption = None,
+    more: MethodOptions = None,
     model: ModelName = DEFAULT_MODEL,
 ) -> None:
     """Compress texts into the store; one that it has already, made the same way, is not compressed again."""
+    arguments = compress_arguments(
+        method=method,
+        ratio=ratio,
+        nuggets=nuggets,
+        nbytes=nbytes,
+        target_accuracy=target_accuracy,
+        optimize_steps=optimize_steps,
+        exact=exact,
+        dtype=dtype,
+        selection=selection,
+        more=more,
+    )
     texts = [read_source(file) for file in files]
     compressor = load_model(model)
     with _open(store, create=True) as memories:
@@ -58,15 +79,10 @@ def add(
                 record = memories.add(
                     compressor,
                     text,
-                    ratio=ratio,
-                    quality=quality,
-                    refine=refine,
-                    exact=exact,
-                    dtype=dtype,
-                    selection=selection,
                     name="" if file == "-" else file,
                     tags=tag or (),
                     on_progress=on_progress,
+                    **arguments,
                 )
             known = " (was there)" if record.created < start else ""
             typer.echo(
@@ -108,7 +124,8 @@ def show(id: Id, store: StorePlace = DEFAULT_STORE, json: Json = False) -> None:
     if json:
         _print_json({**record.model_dump(mode="json"), "file": place})
         return
-    given = record.settings.model_dump() if record.settings is not None else {}
+    settings = record.settings
+    given = {} if settings is None else settings.model_dump(exclude={"method", "config"}) | settings.config
     lines = {
         "id": record.id,
         "name": _line(record.name),
@@ -116,6 +133,7 @@ def show(id: Id, store: StorePlace = DEFAULT_STORE, json: Json = False) -> None:
         "owner": _line(record.owner),
         "created": record.created,
         "model": f"{_line(record.model.name)} {record.model.model[:SHORT]}",
+        "method": "" if settings is None else settings.method,
         "settings": ", ".join(f"{name} {value}" for name, value in given.items() if value),
         "characters": f"{record.num_chars:,}",
         "tokens": f"{record.num_tokens:,}",

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from nugget2d.inference.reading import placed_nuggets
+from nugget2d.inference.decoding import decode, greedy
+from nugget2d.inference.placement import placed_nuggets
 from nugget2d.memory.memory import Memory
 from nugget2d.modeling.compatibility import as_cache
 from nugget2d.modeling.network import Network
@@ -80,7 +81,7 @@ def answer_from_memory(model: Network, file: Path, question: Tensor, length: int
     the seconds are those of the whole memory.
     """
     memory = Memory.load(file)
-    nuggets = placed_nuggets(model, memory, slice(None), torch.tensor(memory.positions))
+    nuggets = placed_nuggets(model, memory.kv, memory.offsets)
     embeds = model.embed(question)
     embeds = torch.cat([model.prompt("continue", 1).to(embeds.dtype), embeds], dim=1)
     cache = roomy_cache(model, embeds.shape[1] + length)
@@ -91,16 +92,20 @@ def answer_from_memory(model: Network, file: Path, question: Tensor, length: int
 
 def _write(model: Network, role: Role, cache: Cache, embeds: Tensor, position: int, length: int) -> Iterator[Tensor]:
     """`length` greedy tokens after (1, q, d) inputs that stand from `position` on."""
+
+    def read(embeds: Tensor) -> Tensor:
+        nonlocal position
+        end = position + embeds.shape[1]
+        logits = lm(
+            inputs_embeds=embeds,
+            position_ids=torch.arange(position, end, device=model.device)[None],
+            **as_cache(lm, cache),
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        position = end
+        return logits[:, -1]
+
     with model.parameters_by_role.role(role) as lm:
-        for _ in range(length):
-            end = position + embeds.shape[1]
-            logits = lm(
-                inputs_embeds=embeds,
-                position_ids=torch.arange(position, end, device=model.device)[None],
-                **as_cache(lm, cache),
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits
-            token = logits[:, -1:].argmax(-1)
-            yield token
-            embeds, position = model.embed(token), end
+        for token in decode(read(embeds), lambda token: read(model.embed(token[:, None])), greedy, length):
+            yield token[:, None]

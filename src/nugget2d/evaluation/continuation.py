@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nugget2d.evaluation.teacher_forced import rows_at_once
-from nugget2d.inference.reading import text_nuggets
+from nugget2d.inference.scoring import score_ids
 from nugget2d.memory.memory import Memory
 from nugget2d.modeling.losses import token_losses
 from nugget2d.modeling.network import Network
@@ -75,7 +75,5 @@ def memory_losses(model: Network, memories: Sequence[Memory], targets: Tensor) -
     counted = counted_targets(model, targets.shape[1])
     losses = []
     for memory, ids in zip(memories, targets[:, None].to(model.device), strict=True):
-        nuggets, end = text_nuggets(model, memory)
-        logits = model.decode(nuggets, ids[:, :-1], prompt="continue", start=end)
-        losses.append(token_losses(logits, ids)[:, -counted:].cpu())
-    return torch.cat(losses)
+        losses.append(score_ids(model, memory, ids[:, :0], ids).losses[-counted:].cpu())
+    return torch.stack(losses)

@@ -23,7 +23,7 @@ from nugget2d.evaluation.fidelity import bleu_counts, bleu_of_counts
 from nugget2d.evaluation.intervals import Estimate, Sums, estimate, quotient
 from nugget2d.evaluation.teacher_forced import copy_span_profile, read_back
 from nugget2d.evaluation.windows import Window
-from nugget2d.inference.reading import reconstruct_ids
+from nugget2d.inference.reconstruction import reconstruct_ids
 from nugget2d.memory.memory import Memory
 from nugget2d.model import Nugget2D
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nugget2d.config import SelectionName
-from nugget2d.inference.reading import segment_nuggets
+from nugget2d.inference.placement import segment_nuggets
 from nugget2d.memory.memory import Memory
 from nugget2d.methods.nugget.encoding import BATCH_LOGITS, pad
 from nugget2d.modeling.losses import token_losses

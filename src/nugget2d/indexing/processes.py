@@ -44,9 +44,9 @@ def _leave_interrupts_to_the_parent() -> None:
 
 
 @cache
-def _worker(job: Job) -> Worker:
-    return Worker(job)
+def _worker(job: str) -> Worker:
+    return Worker(Job.model_validate_json(job))
 
 
 def _work(job: Job, batch: Batch) -> list[Outcome]:
-    return _worker(job)(batch)
+    return _worker(job.model_dump_json())(batch)

@@ -3,17 +3,18 @@
 An engine (processes.py, clusters.py) carries batches of documents to workers; it knows nothing of what they do.
 """
 
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from pydantic import Field
 from transformers.utils import logging
 
-from nugget2d.config import Frozen, SelectionName
+from nugget2d.config import Frozen
 from nugget2d.indexing.documents import Batch, Document, Failure
 from nugget2d.memory.memory import Memory
-from nugget2d.memory.states import StoreDtype
+from nugget2d.methods.options import CompressOptions
 from nugget2d.model import Nugget2D
-from nugget2d.store import MemoryStore, Settings
+from nugget2d.store import MemoryStore
 
 AGAIN = "run the same command again: it goes on where it stopped"  # what an engine that gives up says last
 
@@ -24,18 +25,13 @@ class Job(Frozen):
     Attributes:
         store: what `MemoryStore` opens.
         model: what `Nugget2D.from_pretrained` loads.
-        ratio: and the five after it: see `Nugget2D.compress`.
+        options: arguments of `Nugget2D.compress`: method, budget, configuration.
         tags: of every record.
     """
 
     store: str
     model: str
-    ratio: float | None = None
-    quality: float | None = None
-    refine: int = 0
-    exact: bool = False
-    selection: SelectionName | None = None
-    dtype: StoreDtype | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
     tags: tuple[str, ...] = ()
 
 
@@ -64,7 +60,7 @@ class Worker:
         self._model = Nugget2D.from_pretrained(job.model, device="cuda" if torch.cuda.is_available() else "cpu")
         self._store = MemoryStore(job.store)
         self._tags = job.tags
-        self._settings = Settings.of(self._model, **job.model_dump(exclude={"store", "model", "tags"}))
+        self._settings = CompressOptions.of(self._model, **job.options)
 
     def __call__(self, batch: Batch) -> list[Outcome]:
         """Work on a batch; what is wrong with one document does not harm the others.
@@ -74,7 +70,7 @@ class Worker:
         """
         outcomes: list[Outcome] = [entry for entry in batch if isinstance(entry, Failure)]
         read = [entry for entry in batch if isinstance(entry, Document)]
-        keys = [self._settings.address(document.text, self._model.fingerprint) for document in read]
+        keys = [self._settings.address(document.text, self._model) for document in read]
         # each text once
         new = {key: document for key, document in zip(keys, read, strict=True) if self._store.at(key) is None}
         results = dict(zip(new, self._compress([document.text for document in new.values()]), strict=True))
@@ -96,7 +92,7 @@ class Worker:
         if not texts:
             return []
         try:
-            return list(self._model.compress(texts, **self._settings.model_dump()))
+            return list(self._settings.compress(self._model, texts))
         except Exception as error:  # whatever a text may do to a tokenizer or a model
             if len(texts) == 1:
                 return [str(error) or type(error).__name__]

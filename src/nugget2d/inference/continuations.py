@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from nugget2d.inference.decoding import decode
 from nugget2d.modeling.compatibility import as_cache
 from nugget2d.modeling.network import Network
 from nugget2d.modeling.selection import generator_of
 
 
 @dataclass(frozen=True, eq=False)
-class Imagined:
+class SampledContinuations:
     """Continuations of B texts, `samples` of each.
 
     Attributes:
@@ -30,7 +31,9 @@ class Imagined:
 
 
 @torch.no_grad()
-def imagine(model: Network, texts: Sequence[Sequence[int]], samples: int, tokens: int) -> Imagined:
+def sample_continuations(
+    model: Network, texts: Sequence[Sequence[int]], samples: int, tokens: int
+) -> SampledContinuations:
     """Draw continuations of `texts` (token ids) from the base, at temperature 1.
 
     The noise of each text is seeded by its tokens: a text gets the same continuations in any batch.
@@ -57,18 +60,22 @@ def imagine(model: Network, texts: Sequence[Sequence[int]], samples: int, tokens
         expected = [forward(ids, mask, positions).repeat_interleave(samples, 0)]
         cache.batch_repeat_interleave(samples)
         mask, end = mask.repeat_interleave(samples, 0), lengths.repeat_interleave(samples)[:, None]
-        drawn: list[Tensor] = []
-        while True:
-            size = (samples, expected[0].shape[1])
+
+        def draw(logits: Tensor, number: int) -> Tensor:
+            size = (samples, logits.shape[1])
             gumbel = torch.cat([-torch.empty(size).exponential_(generator=row).log() for row in noise])
-            drawn.append((expected[-1].cpu() + gumbel).argmax(-1))
-            if len(drawn) == tokens:
-                break
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            expected.append(forward(drawn[-1][:, None], mask, end + len(drawn) - 1))
+            return (logits.cpu() + gumbel).argmax(-1)
+
+        def step(token: Tensor) -> Tensor:
+            read = len(expected)
+            longer = torch.nn.functional.pad(mask, (0, read), value=1)
+            expected.append(forward(token[:, None], longer, end + read - 1))
+            return expected[-1]
+
+        drawn = list(decode(expected[0], step, draw, tokens))
 
     def by_sample(steps: list[Tensor]) -> Tensor:
         rows = torch.stack(steps, 1).to(model.device)
         return rows.unflatten(0, (len(texts), samples)).transpose(0, 1)
 
-    return Imagined(by_sample(drawn), by_sample(expected))
+    return SampledContinuations(by_sample(drawn), by_sample(expected))

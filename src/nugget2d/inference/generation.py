@@ -9,11 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from nugget2d.errors import InputError
-from nugget2d.inference.reading import text_nuggets
+from nugget2d.inference.prefix import Prefix, attention_for, prefix
 from nugget2d.memory.memory import Memory
 from nugget2d.modeling.compatibility import as_cache
 from nugget2d.modeling.network import Network
-from nugget2d.modeling.parameters import Role
 from nugget2d.text.segmentation import detokenize_after
 
 
@@ -33,14 +32,13 @@ def generate(
     copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
     if stream and copies > 1:
         raise InputError("only one sequence can be streamed; leave out num_beams, or use stream=False")
-    inputs = _inputs(model, prompt, memory, copies, max_new_tokens)
+    before, inputs = _inputs(model, prompt, memory, copies, max_new_tokens)
     eos = model.tokenizer.eos_token_id
     arguments = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": eos, **inputs, **options}
-    role: Role = "base" if memory is None else "decoder"
 
     @torch.no_grad()
     def run(**extra: Any) -> Tensor:
-        with model.parameters_by_role.role(role) as lm:
+        with model.parameters_by_role.role(before.role) as lm, attention_for(lm, before.cache):
             try:
                 return cast(Tensor, cast(Any, lm).generate(**arguments, **extra))
             except (TypeError, ValueError) as error:
@@ -100,31 +98,28 @@ def _stream(run: Callable[..., Tensor], model: Network) -> Iterator[str]:
         raise failure[0]
 
 
-def _inputs(model: Network, prompt: str, memory: Memory | None, copies: int, new_tokens: int) -> dict[str, Any]:
-    """What transformers' generate needs to go on from a cache: embeddings, mask AND positions of length K + q.
+def _inputs(
+    model: Network, prompt: str, memory: Memory | None, copies: int, new_tokens: int
+) -> tuple[Prefix, dict[str, Any]]:
+    """What stands before the prompt; and what transformers' generate needs to continue from a cache.
 
-    Leaving out the mask or the positions gives wrong text without an error; the embeddings of the K cached
-    slots are never looked at.
+    That is embeddings, mask AND positions of length K + q. Leaving out the mask or the positions gives wrong text
+    without an error; the embeddings of the K cached states are never looked at.
     """
+    if memory is None and not prompt:
+        raise InputError("nothing to continue: give a prompt or a memory")
+    ids = model.ids(prompt) if memory is None else model.ids_after(prompt)
+    before = prefix(model, memory, room=ids.shape[1] + new_tokens - 1)  # the last token is not read
+    embeds = torch.cat([before.embeds, model.embed(ids)], dim=1)
     if memory is None:
-        if not prompt:
-            raise InputError("nothing to continue: give a prompt or a memory")
-        ids = model.after_start(model.ids(prompt))
-        model.require_positions(ids.shape[1] + new_tokens - 1)
-        embeds = model.embed(ids)
-        return {"inputs_embeds": embeds, "attention_mask": embeds.new_ones(embeds.shape[:2]).long()}
-    ids = model.ids_after(prompt)
-    room = ids.shape[1] + new_tokens  # the soft prompt too; the last token is not read
-    nuggets, end = text_nuggets(model, memory, room)
-    model.require_positions(end + room, slots=nuggets.count + room)
-    embeds = torch.cat([model.prompt("continue", 1).to(model.lm.dtype), model.embed(ids)], dim=1)
-    positions = end + torch.arange(-nuggets.count, embeds.shape[1], device=model.device)
-    embeds = torch.nn.functional.pad(embeds, (0, 0, nuggets.count, 0))
-    cache = nuggets.to_cache(model.lm.config)
-    cache.batch_repeat_interleave(copies)
-    return {
+        return before, {"inputs_embeds": embeds, "attention_mask": embeds.new_ones(embeds.shape[:2]).long()}
+    cached = before.cache.get_seq_length()
+    positions = before.position + torch.arange(-cached, embeds.shape[1], device=model.device)
+    embeds = torch.nn.functional.pad(embeds, (0, 0, cached, 0))
+    before.cache.batch_repeat_interleave(copies)
+    return before, {
         "inputs_embeds": embeds,
         "attention_mask": embeds.new_ones(embeds.shape[:2]).long(),
         "position_ids": positions[None],
-        **as_cache(model.lm, cache),
+        **as_cache(model.lm, before.cache),
     }

@@ -1,4 +1,4 @@
-"""Which tokens a memory holds, read off its nuggets' states without running the decoder."""
+"""Which tokens a memory holds, decoded from its states without running the LM (a logit lens on keys and values)."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ BATCH = 4096  # tokens of the vocabulary that are compared at once
 
 
 @torch.no_grad()
-def spelled(model: Network, memory: Memory) -> list[Tensor]:
+def decode_tokens(model: Network, memory: Memory) -> list[Tensor]:
     """The tokens of each segment, (m,) ids in no order: nearly all of them if the model was trained with the read-out
     loss (`config.slots`), else those that were chosen as nuggets.
 
@@ -20,7 +20,8 @@ def spelled(model: Network, memory: Memory) -> list[Tensor]:
         model: the one that made the memory.
         memory: of any ratio; tokens further from their nugget than there are slots are missing.
     """
-    return (_slots if model.config.slots else _chosen)(model, memory)
+    reads_all = model.config.slots and memory.reader.role == "decoder"
+    return (_slots if reads_all else _chosen)(model, memory)
 
 
 def _slots(model: Network, memory: Memory) -> list[Tensor]:
@@ -40,15 +41,36 @@ def _slots(model: Network, memory: Memory) -> list[Tensor]:
 
 
 def _chosen(model: Network, memory: Memory) -> list[Tensor]:
-    """The tokens whose first-layer values are nearest: those depend on the token alone (and on learned positions)."""
-    wanted = memory.values[0].restore().to(model.device).transpose(0, 1).flatten(1)  # (k, kv_heads x head_dim)
+    """The tokens whose first-layer values are nearest: those depend on the token alone (and on learned positions).
+
+    Where heads differ each tells the tokens that it keeps; those that only later layers keep are missing.
+    """
+    payload, prefix = memory.kv, len(memory.kv.prefix_ids)
+    trained = memory.reader.role == "decoder"
+    found = torch.full((len(payload.local_positions),), -1)
+    if payload.heads is None:
+        groups = [(torch.arange(len(found)), slice(None))]
+        wanted = [payload.values[0].restore()[:, prefix:].transpose(0, 1).flatten(1)]  # (k, kv_heads x head_dim)
+    else:
+        groups = [(rows, slice(head, head + 1)) for head, rows in enumerate(payload.rows_of(0))]
+        wanted = [values[prefix:] for _, values in payload.per_head(0)]
+    for (rows, heads), values in zip(groups, wanted, strict=True):
+        found[rows] = _nearest(model, values.to(model.device), heads, trained).cpu()
+    parts = [found[part] for part in memory.segment_slices]
+    return [part[part >= 0] for part in parts]
+
+
+def _nearest(model: Network, wanted: Tensor, heads: slice, trained: bool) -> Tensor:
+    """(k,) the tokens whose first-layer values of `heads` are nearest to (k, heads x head_dim)."""
     best = wanted.new_full((len(wanted),), -torch.inf)
-    tokens = torch.zeros_like(best, dtype=torch.long)
+    tokens = torch.zeros(len(wanted), dtype=torch.long, device=model.device)
     for ids in torch.arange(len(model.tokenizer), device=model.device).split(BATCH):
         embeds = model.embed(ids[:, None])
-        cache = model.encoder_states(embeds if model.flag is None else embeds + model.flag.to(embeds.dtype), layers=1)
-        values = cached_states(cache)[1][0].flatten(1).to(wanted.dtype)
+        if trained and model.flag is not None:
+            embeds = embeds + model.flag.to(embeds.dtype)
+        cache = model.encoder_states(embeds, layers=1, role="encoder" if trained else "base")
+        values = cached_states(cache)[1][0][:, heads].flatten(1).to(wanted.dtype)
         nearness, index = (wanted @ values.T - values.square().sum(1) / 2).max(1)
         tokens = torch.where(nearness > best, ids[index], tokens)
         best = torch.maximum(nearness, best)
-    return [tokens[part].cpu() for part in memory.segment_slices]
+    return tokens

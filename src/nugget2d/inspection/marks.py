@@ -7,11 +7,15 @@ text: then they are cut from what the model reconstructs, nugget by nugget at it
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import cast
 
-from nugget2d.inference.reading import reconstruct_ids
+import torch
+
+from nugget2d.inference.reconstruction import reconstruct_ids
 from nugget2d.memory.memory import Memory
 from nugget2d.model import Nugget2D
-from nugget2d.text.segmentation import spans_of
+from nugget2d.modeling.selection import SCORED
+from nugget2d.text.segmentation import spans_of, tokenize
 
 LEVELS = 5  # shades of highlighting
 
@@ -23,7 +27,7 @@ class Nugget:
     Attributes:
         position: its index in the whole token sequence.
         span: characters [start, end) of it in the source text.
-        score: what the scorer gave it, whether or not the selection looked.
+        score: what the scorer gives it, or, of methods without one, the share of heads that keep it.
         rank: 1 for the highest score of the memory.
         level: shade, 1 (lowest fifth of the scores) to `LEVELS`.
     """
@@ -61,7 +65,7 @@ class Run:
 class Inspection:
     """A text, its nuggets and the figures of its memory.
 
-    `reconstructed` if the text is the model's own guess; `quality` is the memory's measured accuracy, if it has one.
+    `reconstructed` if the text is the model's own guess; `accuracy` is the memory's measured one, if it has one.
     """
 
     text: str
@@ -73,7 +77,7 @@ class Inspection:
     ratio: float
     nbytes: int
     full_nbytes: int
-    quality: float | None
+    accuracy: float | None
 
     @property
     def runs(self) -> list[Run]:
@@ -85,9 +89,10 @@ class Inspection:
         return [run for run in (*runs, Run(self.text[shown:])) if run.text or run.mark]
 
 
-def inspect_text(text: str, memory: Memory) -> Inspection:
-    """What `memory` kept of `text`, the text it was made from."""
-    return _inspection(text, memory.spans, memory, reconstructed=False)
+def inspect_text(model: Nugget2D, text: str, memory: Memory) -> Inspection:
+    """What `memory` kept of `text`, the text that `model` made it from."""
+    ids = [tokenize(model.tokenizer, text[segment.start : segment.end])[0] for segment in memory.segments]
+    return _inspection(text, memory.spans, memory, _scores(model, memory, ids), reconstructed=False)
 
 
 def inspect_memory(
@@ -99,19 +104,20 @@ def inspect_memory(
         MismatchError: the memory was made by another model.
     """
     if memory.exact is not None:
-        return inspect_text(model.reconstruct(memory, on_progress=on_progress), memory)
+        return inspect_text(model, model.reconstruct(memory, on_progress=on_progress), memory)
     texts: list[str] = []
     spans: list[tuple[int, int]] = []
     local = memory.local_positions.tolist()
     first = start = 0
-    for ids, segment in zip(reconstruct_ids(model, [memory], on_progress)[0], memory.segments, strict=True):
+    decoded = reconstruct_ids(model, [memory], on_progress)[0]
+    for ids, segment in zip(decoded, memory.segments, strict=True):
         text, token_spans = spans_of(model.text, ids)
         chosen = local[first : first + segment.num_nuggets]
         spans += [(start + token_spans[index][0], start + token_spans[index][1]) for index in chosen]
         texts.append(text)
         first += segment.num_nuggets
         start += len(text)
-    return _inspection("".join(texts), spans, memory, reconstructed=True)
+    return _inspection("".join(texts), spans, memory, _scores(model, memory, decoded), reconstructed=True)
 
 
 def to_json(inspection: Inspection) -> str:
@@ -124,9 +130,23 @@ def to_json(inspection: Inspection) -> str:
     return json.dumps({**figures, "runs": runs}, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _inspection(text: str, spans: Sequence[tuple[int, int]], memory: Memory, *, reconstructed: bool) -> Inspection:
+@torch.no_grad()
+def _scores(model: Nugget2D, memory: Memory, segments: Sequence[Sequence[int]]) -> list[float]:
+    """The scorer's value of each nugget; memories hold them only if nuggets were chosen by them."""
+    if memory.reader.role != "decoder" or memory.method.config.get("selection") in SCORED:
+        return cast(list[float], memory.scores.tolist())
+    parts = [
+        model.token_scores(torch.tensor([ids], device=model.device))[0].cpu()[memory.local_positions[own].long()]
+        for ids, own in zip(segments, memory.segment_slices, strict=True)
+    ]
+    return cast(list[float], torch.cat(parts).tolist())
+
+
+def _inspection(
+    text: str, spans: Sequence[tuple[int, int]], memory: Memory, scores: list[float], *, reconstructed: bool
+) -> Inspection:
     marks: list[Mark] = []
-    for (start, end), nugget in zip(spans, _nuggets(memory), strict=True):
+    for (start, end), nugget in zip(spans, _nuggets(memory, scores), strict=True):
         if marks and start < marks[-1].end:
             # two tokens hold bytes of one character
             last = marks.pop()
@@ -143,12 +163,11 @@ def _inspection(text: str, spans: Sequence[tuple[int, int]], memory: Memory, *, 
         ratio=memory.ratio,
         nbytes=memory.nbytes,
         full_nbytes=memory.full_nbytes,
-        quality=memory.quality,
+        accuracy=memory.accuracy,
     )
 
 
-def _nuggets(memory: Memory) -> list[Nugget]:
-    scores: list[float] = memory.scores.tolist()
+def _nuggets(memory: Memory, scores: list[float]) -> list[Nugget]:
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
     ranks = {index: rank for rank, index in enumerate(order, start=1)}
     return [

@@ -22,7 +22,7 @@ def to_html(inspection: Inspection) -> str:
 
 
 def _figures(inspection: Inspection) -> list[tuple[str, str]]:
-    accuracy = [] if inspection.quality is None else [("Measured accuracy", f"{inspection.quality:.4f}")]
+    accuracy = [] if inspection.accuracy is None else [("Measured accuracy", f"{inspection.accuracy:.4f}")]
     return [
         ("Tokens", f"{inspection.num_tokens:,}"),
         ("Nuggets", f"{inspection.num_nuggets:,}"),

@@ -32,7 +32,7 @@ def _figures(inspection: Inspection) -> Text:
     return Text(
         f"{inspection.num_tokens:,} tokens, {inspection.num_nuggets:,} nuggets, ratio {inspection.ratio:.2f}, "
         f"{inspection.nbytes:,} of {inspection.full_nbytes:,} bytes, model {inspection.model}"
-        + ("" if inspection.quality is None else f", measured accuracy {inspection.quality:.4f}")
+        + ("" if inspection.accuracy is None else f", measured accuracy {inspection.accuracy:.4f}")
         + (", text as reconstructed by the model" if inspection.reconstructed else "")
     )
 

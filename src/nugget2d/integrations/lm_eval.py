@@ -8,20 +8,16 @@ The harness hands over context and question as one string. It is divided before 
 is the context, the rest is the prompt and always read in full.
 """
 
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import MODEL_REGISTRY, register_model
-from torch import Tensor
 
 from nugget2d.errors import InputError
-from nugget2d.inference.reading import text_nuggets
+from nugget2d.inference.scoring import score_ids
 from nugget2d.memory.memory import Memory
-from nugget2d.methods.nugget.compressing import DEFAULT_RATIO
 from nugget2d.model import Nugget2D
-from nugget2d.modeling.losses import token_losses
 from nugget2d.text.segmentation import split
 
 ContextMode = Literal["full", "memory", "none"]
@@ -42,7 +38,8 @@ class NuggetLM(LM):
         self,
         pretrained: str | Nugget2D,
         context: ContextMode = "memory",
-        ratio: float = DEFAULT_RATIO,
+        method: str | None = None,
+        ratio: float | None = None,
         separator: str = "\nQuestion:",
         device: str | None = None,
         batch_size: object = None,
@@ -53,7 +50,8 @@ class NuggetLM(LM):
         Args:
             pretrained: bundled name, folder, hub id, or the model itself.
             context: "full" reads contexts by the plain LM, "memory" as nuggets, "none" leaves them out.
-            ratio: tokens for each nugget.
+            method: how contexts are compressed; None takes the model's default.
+            ratio: tokens for each nugget; None takes the method's default.
             separator: begins the prompt.
             device: where to load; None is the CPU.
             batch_size: passed by the harness; requests are scored one by one.
@@ -69,7 +67,8 @@ class NuggetLM(LM):
         if not isinstance(pretrained, Nugget2D):
             pretrained = Nugget2D.from_pretrained(pretrained, device=device or "cpu")
         self.model = pretrained
-        self.mode, self.ratio, self.separator = context, float(ratio), separator
+        self.mode, self.separator = context, separator
+        self.how: dict[str, Any] = {"method": method, "ratio": None if ratio is None else float(ratio)}
         self._memories: dict[str, Memory] = {}
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -115,37 +114,21 @@ class NuggetLM(LM):
     def _compress(self, context: str) -> Memory:
         # the choices of a question come with the same context, one after the other
         if context not in self._memories:
-            self._memories = {context: self.model.compress(context, ratio=self.ratio)}
+            self._memories = {context: self.model.compress(context, **self.how)}
         return self._memories[context]
 
-    @torch.no_grad()
     def _score(self, memory: Memory | None, prompt: str, continuation: str) -> tuple[float, bool]:
-        before, target = self._ids(memory, prompt), self.model.ids_after(continuation)
-        ids = torch.cat([before, target], dim=1)
-        if memory is None:
-            logits = self.model.decode(None, ids[:, :-1], prompt=None)
-        else:
-            nuggets, end = text_nuggets(self.model, memory, room=ids.shape[1])
-            logits = self.model.decode(nuggets, ids[:, :-1], prompt="continue", start=end)
-        logits = logits[:, -target.shape[1] :].float()
-        return -float(token_losses(logits, target).sum()), bool((logits.argmax(-1) == target).all())
-
-    def _ids(self, memory: Memory | None, prompt: str) -> Tensor:
-        """(1, n) tokens before the continuation; something must stand before the first token of a plain LM."""
-        if memory is not None:
-            return self.model.ids_after(prompt)
-        ids, start = self.model.ids(prompt), self.model.start_token
-        if start is not None:
-            return torch.cat([ids.new_full((1, 1), start), ids], dim=1)
-        if not prompt:
+        before = self.model.ids_after(prompt) if memory is not None else self.model.ids(prompt)
+        if memory is None and not prompt and self.model.start_token is None:
             raise InputError("the tokenizer has no start token, so nothing can stand before an empty context")
-        return ids
+        found = score_ids(self.model, memory, before, self.model.ids_after(continuation))
+        return -float(found.losses.sum()), found.greedy
 
     def _rolling(self, text: str) -> float:
         total, before = 0.0, ""
         for piece in split(self.model.tokenizer, text, self.model.config.window):
             shown = "" if self.mode == "none" else before
-            memory = self.model.compress(shown, ratio=self.ratio) if shown and self.mode == "memory" else None
+            memory = self.model.compress(shown, **self.how) if shown and self.mode == "memory" else None
             total += self._score(memory, "" if memory is not None else shown, piece.text)[0]
             before += piece.text
         return total

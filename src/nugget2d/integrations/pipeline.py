@@ -7,12 +7,11 @@ from transformers import Pipeline
 
 from nugget2d.errors import InputError
 from nugget2d.memory.memory import Memory
-from nugget2d.methods.nugget.compressing import DEFAULT_RATIO
 from nugget2d.model import Nugget2D
 
 TASK = "compressed-text-generation"
 
-COMPRESSING = {"ratio": DEFAULT_RATIO, "selection": None, "dtype": None}
+COMPRESSING = ("method", "ratio", "nuggets", "nbytes", "selection", "dtype")
 
 
 class CompressedTextGeneration(Pipeline):
@@ -21,8 +20,8 @@ class CompressedTextGeneration(Pipeline):
         pipe({"context": book, "prompt": "In the end"}, ratio=10, max_new_tokens=32)  # [{"generated_text": "..."}]
 
     An input is a context (a text, or a `Memory` made before), or a mapping with `context` and perhaps `prompt`. One
-    input gives one list of answers, a list of inputs a list of such lists. `ratio`, `selection` and `dtype` are
-    those of `Nugget2D.compress`; all else goes to `Nugget2D.generate`.
+    input gives one list of answers, a list of inputs a list of such lists. `method`, `ratio`, `nuggets`,
+    `nbytes`, `selection` and `dtype` are those of `Nugget2D.compress`; all else goes to `Nugget2D.generate`.
     """
 
     _load_tokenizer: Any = False
@@ -55,7 +54,7 @@ class CompressedTextGeneration(Pipeline):
 
     def _forward(self, input_tensors: Any, **parameters: Any) -> Any:
         model, rows = cast(Nugget2D, self.model), input_tensors
-        compressing = {key: parameters.pop(key, default) for key, default in COMPRESSING.items()}
+        compressing = {key: parameters.pop(key) for key in COMPRESSING if key in parameters}
         texts = [row["context"] for row in rows if not isinstance(row["context"], Memory)]
         made = iter(model.compress(texts, **compressing) if texts else [])
         memories = [row["context"] if isinstance(row["context"], Memory) else next(made) for row in rows]

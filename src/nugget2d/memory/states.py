@@ -1,7 +1,8 @@
-"""Keys or values of one layer, kept as float32, bfloat16 or int8 with a scale per token and head."""
+"""Numbers of one layer, kept as float32, bfloat16 or int8 with a scale for each row of head_dim."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, cast
 
 import torch
@@ -13,9 +14,14 @@ StoreDtype = Literal["float32", "bfloat16", "int8"]
 STORE_DTYPES: tuple[StoreDtype, ...] = ("float32", "bfloat16", "int8")
 
 
+def row_nbytes(head_dim: int, dtype: StoreDtype) -> int:
+    """Bytes of one row, its scale included."""
+    return head_dim + 2 if dtype == "int8" else head_dim * getattr(torch, dtype).itemsize
+
+
 @dataclass(frozen=True, eq=False)
 class States:
-    """`data` (heads, k, head_dim); for int8 also `scale` (heads, k, 1) float16, value = data * scale."""
+    """`data` (..., k, head_dim); for int8 also `scale` (..., k, 1) float16, value = data * scale."""
 
     data: Tensor
     scale: Tensor | None = None
@@ -31,17 +37,22 @@ class States:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def restore(self) -> Tensor:
-        """The states as float32, shape (heads, k, head_dim)."""
+        """The states as float32, in the shape of `data`."""
         data = self.data.float()
         return data if self.scale is None else data * self.scale.float()
 
     def pick(self, tokens: slice | Tensor) -> "States":
-        """Those at some places of the token axis."""
-        return States(self.data[:, tokens], None if self.scale is None else self.scale[:, tokens])
+        """Those at some places of the token axis, the last but one."""
+        return States(self.data[..., tokens, :], None if self.scale is None else self.scale[..., tokens, :])
+
+    def split(self, counts: Sequence[int]) -> list["States"]:
+        """Parts of so many tokens each, in order."""
+        ends = list(accumulate(counts))
+        return [self.pick(slice(end - count, end)) for count, end in zip(counts, ends, strict=True)]
 
     @staticmethod
     def store(values: Tensor, dtype: StoreDtype) -> "States":
-        """Keep float `values` (heads, k, head_dim) as `dtype`.
+        """Keep float `values` (..., k, head_dim) as `dtype`.
 
         int8 is symmetric: scale = max |value| / 127 over head_dim, rounded to float16 BEFORE the division so that
         the error of a number is at most half a step of the scale that is stored.
@@ -63,4 +74,13 @@ class States:
     def concatenate(parts: Sequence["States"]) -> "States":
         """One `States` of all parts in order, along the token axis."""
         scales = [part.scale for part in parts if part.scale is not None]
-        return States(torch.cat([part.data for part in parts], dim=1), torch.cat(scales, dim=1) if scales else None)
+        return States(torch.cat([part.data for part in parts], dim=-2), torch.cat(scales, dim=-2) if scales else None)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Data and scale under names for a file."""
+        return {name: self.data} | ({} if self.scale is None else {f"{name}.scale": self.scale})
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor], name: str) -> "States":
+        """The inverse of `tensors`."""
+        return States(tensors[name], tensors.get(f"{name}.scale"))

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from nugget2d.config import NuggetConfig, SelectionName
-from nugget2d.errors import InputError
-from nugget2d.memory.memory import Fingerprint
-from nugget2d.modeling.cache import AllCollected, CollectingCache, KeyRotation, Nuggets, gather_nuggets, reading_mask
+from nugget2d.errors import InputError, MismatchError
+from nugget2d.memory.memory import Fingerprint, Memory
+from nugget2d.modeling.cache import AllCollected, CollectingCache, Nuggets, cached_states, gather_nuggets, reading_mask
 from nugget2d.modeling.compatibility import as_cache, check_supported, position_table, sliding_window
 from nugget2d.modeling.digest import fingerprint
 from nugget2d.modeling.hooks import find_layers, hidden_after
-from nugget2d.modeling.parameters import make_parameters
+from nugget2d.modeling.parameters import Role, make_parameters
+from nugget2d.modeling.rotation import KeyRotation
 from nugget2d.modeling.selection import SCORED, Scorer, select
 from nugget2d.text.segmentation import detokenize, tokenize, tokenize_after
 
@@ -148,6 +149,7 @@ class Network(nn.Module):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         layers: int | None = None,
+        role: Role = "encoder",
     ) -> DynamicCache:
         """Keys and values of every layer, of all inputs, from one causal pass of the encoder.
 
@@ -156,6 +158,7 @@ class Network(nn.Module):
             mask: (B, n), 0 for inputs that no other sees; None shows all.
             positions: (B, n); None counts from 0.
             layers: only those of the first so many layers; the others are not computed.
+            role: with which weights.
         """
         batch, length = embeds.shape[:2]
         cache = CollectingCache(self.lm.config, layers)
@@ -163,7 +166,8 @@ class Network(nn.Module):
             mask = torch.ones(batch, length, dtype=torch.long, device=embeds.device)
         if positions is None:
             positions = torch.arange(length, device=embeds.device).expand(batch, length)
-        with self.parameters_by_role.role("encoder") as body, suppress(AllCollected):
+        with self.parameters_by_role.role(role) as module, suppress(AllCollected):
+            body = module if role == "encoder" else self.parameters_by_role.body
             body(
                 inputs_embeds=embeds,
                 attention_mask=mask,
@@ -269,6 +273,35 @@ class Network(nn.Module):
     def fingerprint(self) -> Fingerprint:
         """Digest of weights and tokenizer, computed once: make a new object after changing weights."""
         return fingerprint(self.config.name, self.state_dict(), self.tokenizer)
+
+    has_compressor = True
+
+    @cached_property
+    def kv_shape(self) -> list[tuple[int, int]]:
+        """Key-value heads and head_dim of each layer, looked up in what one token leaves in a cache."""
+        keys = cached_states(self.encoder_states(self.embed(torch.zeros(1, 1, dtype=torch.long, device=self.device))))[
+            0
+        ]
+        return [(layer.shape[1], layer.shape[3]) for layer in keys]
+
+    def recognizes(self, fingerprint: Fingerprint) -> bool:
+        """Whether this is the model, or its base, of that fingerprint."""
+        return (fingerprint.model, fingerprint.tokenizer) == (self.fingerprint.model, self.fingerprint.tokenizer)
+
+    @property
+    def reader_digest(self) -> str:
+        return ""
+
+    def require(self, memory: Memory) -> None:
+        if (memory.fingerprint.model, memory.fingerprint.tokenizer) != (
+            self.fingerprint.model,
+            self.fingerprint.tokenizer,
+        ):
+            mine, theirs = memory.fingerprint, self.fingerprint
+            raise MismatchError(
+                f"this memory was made by model {mine.name!r} ({mine.model[:12]}) and cannot be read by "
+                f"{theirs.name!r} ({theirs.model[:12]}); load that model, or compress the text again"
+            )
 
     @cached_property
     def rotation(self) -> KeyRotation:

@@ -1,57 +1,11 @@
 """What a store knows of a memory without opening it, and the addresses that keep work from being done twice."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
-from hashlib import blake2b
 
-from nugget2d.config import Frozen, SelectionName
+from nugget2d.config import Frozen
 from nugget2d.memory.memory import Fingerprint, Memory
-from nugget2d.memory.states import StoreDtype
-from nugget2d.methods.nugget.compressing import DEFAULT_RATIO
-from nugget2d.methods.nugget.encoding import native_dtype
-from nugget2d.model import Nugget2D
-
-
-class Settings(Frozen):
-    """How a text was compressed: what `Nugget2D.compress` was asked, with its defaults filled in."""
-
-    ratio: float | None
-    quality: float | None
-    refine: int
-    exact: bool
-    selection: str
-    dtype: str
-
-    @staticmethod
-    def of(
-        model: Nugget2D,
-        *,
-        ratio: float | None = None,
-        quality: float | None = None,
-        refine: int = 0,
-        exact: bool = False,
-        selection: SelectionName | None = None,
-        dtype: StoreDtype | None = None,
-    ) -> "Settings":
-        """The arguments of `Nugget2D.compress`; what was left out becomes what the model would take."""
-        if ratio is None and (quality is None or refine):
-            ratio = DEFAULT_RATIO
-        return Settings(
-            ratio=ratio,
-            quality=quality,
-            refine=refine,
-            exact=exact,
-            selection=selection or model.config.selection,
-            dtype=dtype or native_dtype(model),
-        )
-
-    def compress(self, model: Nugget2D, text: str, on_progress: Callable[[int, int], None] | None = None) -> Memory:
-        """`text` compressed so; errors and warnings are those of `Nugget2D.compress`."""
-        return model.compress(text, **self.model_dump(), on_progress=on_progress)
-
-    def address(self, text: str, fingerprint: Fingerprint) -> str:
-        """Content address of the memory that the model with `fingerprint` makes of `text`, in hexadecimal digits."""
-        return _digest("text", fingerprint.model, fingerprint.tokenizer, self.model_dump_json(), text)
+from nugget2d.methods.options import CompressOptions, digest
 
 
 class Record(Frozen):
@@ -85,11 +39,11 @@ class Record(Frozen):
     ratio: float
     nbytes: int
     model: Fingerprint
-    settings: Settings | None
+    settings: CompressOptions | None
 
     @staticmethod
     def of(
-        memory: Memory, key: str, *, name: str, tags: Sequence[str], owner: str, settings: Settings | None
+        memory: Memory, key: str, *, name: str, tags: Sequence[str], owner: str, settings: CompressOptions | None
     ) -> "Record":
         """A record of `memory`, created now."""
         return Record(
@@ -111,12 +65,4 @@ class Record(Frozen):
 
 def record_id(key: str, owner: str) -> str:
     """The id under which `owner` has the memory at `key`; like it, 32 hexadecimal digits."""
-    return _digest("record", key, owner)
-
-
-def _digest(kind: str, *parts: str) -> str:
-    digest = blake2b(digest_size=16, person=kind.encode())
-    for part in parts:
-        data = part.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "little") + data)  # the length: no two lists of parts are one stream
-    return digest.hexdigest()
+    return digest("record", key, owner)

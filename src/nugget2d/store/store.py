@@ -6,15 +6,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from nugget2d.config import SelectionName
 from nugget2d.errors import InputError, UnknownMemoryError
 from nugget2d.memory.memory import Memory
-from nugget2d.memory.states import StoreDtype
+from nugget2d.methods.options import CompressOptions
 from nugget2d.model import Nugget2D
 from nugget2d.store.backend import Backend, Damage, Entry, Swept
 from nugget2d.store.bucket import Bucket
 from nugget2d.store.folder import Folder
-from nugget2d.store.record import Record, Settings, record_id
+from nugget2d.store.record import Record, record_id
 from nugget2d.store.words import Words, relevance
 
 _DIGITS = re.compile("[0-9a-f]{32}")  # of ids and content addresses: what becomes part of a path
@@ -63,14 +62,14 @@ class MemoryStore:
         name: str = "",
         tags: Sequence[str] = (),
         owner: str = "",
-        settings: Settings | None = None,
+        settings: CompressOptions | None = None,
     ) -> Record:
         """Keep a memory; when this returns, a power cut does not lose it.
 
         Args:
             memory: what to keep.
             model: the one that made it. Without, every search will read the whole memory to know its words.
-            key: its content address (`Settings.address`); None takes its checksum.
+            key: its content address (`CompressOptions.address`); None takes its checksum.
             name: what a person calls it.
             tags: words to filter by.
             owner: whose it is.
@@ -85,7 +84,7 @@ class MemoryStore:
             StoreError: the index cannot be.
         """
         if key is not None and not _DIGITS.fullmatch(key):
-            raise InputError(f"{key!r} is no content address; take that of `Settings.address`")
+            raise InputError(f"{key!r} is no content address; take that of `CompressOptions.address`")
         record = Record.of(memory, key or memory.checksum, name=name, tags=tags, owner=owner, settings=settings)
         return self._backend.keep(
             Entry(record, b"" if model is None else Words.of(memory, model).to_bytes()), memory.to_bytes()
@@ -96,36 +95,29 @@ class MemoryStore:
         model: Nugget2D,
         text: str,
         *,
-        ratio: float | None = None,
-        quality: float | None = None,
-        refine: int = 0,
-        exact: bool = False,
-        selection: SelectionName | None = None,
-        dtype: StoreDtype | None = None,
         name: str = "",
         tags: Sequence[str] = (),
         owner: str = "",
         on_progress: Callable[[int, int], None] | None = None,
+        **options: Any,
     ) -> Record:
-        """Keep the memory of a text; it is compressed only if nobody added it before, by this model and so.
+        """Keep the memory of a text; it is compressed only if nobody added it before, for this LM and in this way.
 
-        The arguments are those of `Nugget2D.compress` and of `put`.
+        The arguments are those of `put`; all others are those of `Nugget2D.compress` (method, ratio, dtype, ...).
 
         Raises:
             InputError: see `Nugget2D.compress`.
             OutputError, StoreError: see `put`.
         """
-        settings = Settings.of(
-            model, ratio=ratio, quality=quality, refine=refine, exact=exact, selection=selection, dtype=dtype
-        )
-        key = settings.address(text, model.fingerprint)
+        settings = CompressOptions.of(model, **options)
+        key = settings.address(text, model)
         if (known := self.at(key, owner=owner)) is not None:
             return known
-        memory = self._backend.find(key) or settings.compress(model, text, on_progress)
+        memory = self._backend.find(key) or settings.compress(model, [text], on_progress)[0]
         return self.put(memory, model=model, key=key, name=name, tags=tags, owner=owner, settings=settings)
 
     def at(self, key: str, *, owner: str = "") -> Record | None:
-        """The record that `owner` has at a content address (`Settings.address`), if there is one."""
+        """The record that `owner` has at a content address (`CompressOptions.address`), if there is one."""
         return self._backend.record(record_id(key, owner))
 
     def get(self, id: str, *, owner: str | None = None, verify: bool = True) -> Memory:
@@ -178,9 +170,10 @@ class MemoryStore:
     ) -> list[Hit]:
         """The memories that fit `query` best, best first, each with its best segment.
 
-        Segments are compared by the words that their nuggets' states spell (words.py): of a model with `config.slots`
-        nearly all words of the text, else those that became nuggets. Only memories of `model` are searched; a score
-        compares memories of one search, no more, and memories without any word of the query are left out.
+        Segments are compared by the tokens that are decoded from their states (words.py): of a model with
+        `config.slots` nearly all tokens of the text, else those that were kept. Only memories that `model` reads are
+        searched; a score compares memories of one search, no more, and memories without any word of the query are left
+        out.
 
         Raises:
             InputError: an empty query.
@@ -192,7 +185,7 @@ class MemoryStore:
         entries = [
             entry
             for entry in self._backend.entries()
-            if entry.record.model == model.fingerprint and _wanted(entry.record, owner, tag)
+            if model.recognizes(entry.record.model) and _wanted(entry.record, owner, tag)
         ]
         if not entries:
             return []

@@ -1,7 +1,7 @@
-"""What the parts of a memory hold, as its nuggets' own states spell it, and how well that fits a query.
+"""The tokens of a memory's segments, as its states tell them, and how well they fit a query.
 
-Every state that spells a token (spelling.py) counts as one; the scores of all segments are a product of the sparse
-matrix of these counts, weighted by BM25 (Robertson and Zaragoza 2009), with the tokens of the query.
+Every token that is decoded from a state (inference/token_decoding.py) counts as one; the scores of all segments are a
+product of the sparse matrix of these counts, weighted by BM25 (Robertson and Zaragoza 2009), with the query's tokens.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 
-from nugget2d.inference.token_decoding import spelled
+from nugget2d.inference.token_decoding import decode_tokens
 from nugget2d.memory.memory import Memory
 from nugget2d.model import Nugget2D
 
@@ -37,7 +37,7 @@ class Words:
     @staticmethod
     def of(memory: Memory, model: Nugget2D) -> "Words":
         """What `model`, which made the memory, reads off it."""
-        parts = spelled(model, memory)
+        parts = decode_tokens(model, memory)
         spans = [(segment.start, segment.end) for segment in memory.segments]
         counts = np.array([len(part) for part in parts], dtype=np.int32)
         return Words(torch.cat(parts).numpy().astype(np.int32), counts, np.array(spans, dtype=np.int32))

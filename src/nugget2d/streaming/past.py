@@ -6,14 +6,16 @@ from dataclasses import dataclass, replace
 import torch
 
 from nugget2d.config import Threshold
-from nugget2d.inference.reading import placed_nuggets
+from nugget2d.inference.placement import placed_nuggets
 from nugget2d.memory.memory import Memory
-from nugget2d.methods.nugget.encoding import encode, native_dtype
+from nugget2d.methods.base import native_dtype
+from nugget2d.methods.nugget.encoding import encode
+from nugget2d.methods.nugget.method import NuggetMethod
 from nugget2d.modeling.cache import Nuggets
 from nugget2d.modeling.network import Network
 from nugget2d.modeling.selection import next_count
 from nugget2d.streaming.thinning import thin
-from nugget2d.text.segmentation import Piece, spans_of
+from nugget2d.text.segmentation import TextSegment, spans_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Past:
     def of(model: Network, memory: Memory) -> "Past":
         """The past that `memory` stands for, in the precision of the segments that will follow."""
         memory = replace(memory, exact=None).to(native_dtype(model))
-        parts = tuple(_segment(memory, number) for number in range(len(memory.segments)))
+        parts = tuple(memory.segment(number) for number in range(len(memory.segments)))
         return Past(parts, memory.num_tokens, memory.num_nuggets)
 
     @property
@@ -52,8 +54,9 @@ class Past:
             selection, count = "learned", 1 + int((scores > rule.value).sum())
         else:
             count = next_count(self.tokens, self.given, len(ids), rule)
-        draft = encode(model, [_piece(model, ids)], [count], selection, native_dtype(model))[0]
-        longer = Past((*self.memories, draft.memory), self.tokens + len(ids), self.given + draft.count)
+        options = NuggetMethod(selection=selection).bound(model)
+        result = encode(model, [_as_segment(model, ids)], [count], options)[0]
+        longer = Past((*self.memories, result.memory), self.tokens + len(ids), self.given + result.count)
         return longer.within(most)
 
     def within(self, most: int | None) -> "Past":
@@ -80,27 +83,11 @@ class Past:
         if not read:
             return None
         joined = Memory.join(read)
-        positions = torch.tensor(joined.positions) + border - reach
-        first = int((positions < 0).sum())
-        return placed_nuggets(model, joined, slice(first, None), positions[first:])
+        first = int((torch.tensor(joined.positions) + border - reach < 0).sum())
+        return placed_nuggets(model, joined.kv, joined.offsets[first:] + border - reach, first)
 
 
-def _piece(model: Network, ids: Sequence[int]) -> Piece:
+def _as_segment(model: Network, ids: Sequence[int]) -> TextSegment:
     """`ids` as a text of its own."""
     text, offsets = spans_of(model.text, ids)
-    return Piece(text, 0, list(ids), offsets)
-
-
-def _segment(memory: Memory, number: int) -> Memory:
-    """One segment of a memory alone."""
-    part, segment = memory.segment_slices[number], memory.segments[number]
-
-    return replace(
-        memory,
-        keys=tuple(states.pick(part) for states in memory.keys),
-        values=tuple(states.pick(part) for states in memory.values),
-        local_positions=memory.local_positions[part],
-        token_spans=memory.token_spans[part] - segment.start,
-        scores=memory.scores[part],
-        segments=(replace(segment, start=0, end=segment.end - segment.start),),
-    )
+    return TextSegment(text, 0, list(ids), offsets)

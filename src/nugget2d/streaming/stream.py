@@ -54,7 +54,7 @@ class Stream:
         self._farthest = _room(model, self.chunk) - tau  # where the border stops
         past = Past()
         if memory is not None:
-            memory.require(model.fingerprint)
+            model.require(memory)
             past = Past.of(model, memory).within(max_nuggets)
         self._feed = TextFeed(model.tokenizer)
         self._window = self._open(past)

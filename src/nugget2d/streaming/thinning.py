@@ -32,12 +32,5 @@ def _keep(memory: Memory, count: int) -> Memory:
         return memory
     index = even_ends(memory.num_nuggets, count)
 
-    return replace(
-        memory,
-        keys=tuple(states.pick(index) for states in memory.keys),
-        values=tuple(states.pick(index) for states in memory.values),
-        local_positions=memory.local_positions[index],
-        token_spans=memory.token_spans[index],
-        scores=memory.scores[index],
-        segments=(replace(memory.segments[0], num_nuggets=count, accuracy=None),),
-    )
+    segment = replace(memory.segments[0], num_nuggets=count, accuracy=None)
+    return replace(memory, payload=memory.kv.pick(index), segments=(segment,))

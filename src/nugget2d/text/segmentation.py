@@ -18,7 +18,7 @@ _CONTINUES = {"Mn", "Mc", "Me", "Cf", "Sk"}
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextSegment:
     """A stretch `text` of a document, starting at character `start`, as token `ids` with character `offsets`.
 
     Offsets are relative to the whole document.
@@ -110,24 +110,24 @@ def spans_of(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> tupl
     return text, spans
 
 
-def split(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> list[Piece]:
-    """Cut `text` into pieces of at most about `window` tokens whose texts concatenate to `text`.
+def split(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> list[TextSegment]:
+    """Cut `text` into segments of at most about `window` tokens whose texts concatenate to `text`.
 
     A cut prefers the last sentence end in the second half of the window, then a line end, a space, any character
-    border. Each piece is tokenized by itself, so it can come out a token or two longer than `window` where a cut
+    border. Each segment is tokenized by itself, so it can come out a token or two longer than `window` where a cut
     changes how its neighbours merge. Linear in the text.
     """
     ids, offsets = tokenize(tokenizer, text)
     if len(ids) <= window:
-        return [Piece(text, 0, ids, offsets)] if ids else []
-    pieces: list[Piece] = []
+        return [TextSegment(text, 0, ids, offsets)] if ids else []
+    segments: list[TextSegment] = []
     start = 0
     for end in _cuts(text, offsets, window):
         part = text[start:end]
         part_ids, part_offsets = tokenize(tokenizer, part)
-        pieces.append(Piece(part, start, part_ids, [(a + start, b + start) for a, b in part_offsets]))
+        segments.append(TextSegment(part, start, part_ids, [(a + start, b + start) for a, b in part_offsets]))
         start = end
-    return pieces
+    return segments
 
 
 def _cuts(text: str, offsets: Sequence[tuple[int, int]], window: int) -> list[int]:

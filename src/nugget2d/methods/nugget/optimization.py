@@ -16,53 +16,55 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nugget2d.inference.continuations import imagine
-from nugget2d.inference.reading import segment_nuggets
+from nugget2d.inference.continuations import sample_continuations
+from nugget2d.inference.placement import segment_nuggets
 from nugget2d.memory.states import States, StoreDtype
-from nugget2d.methods.nugget.encoding import Draft, logits_limit, measure, pad
+from nugget2d.methods.nugget.encoding import SegmentResult, logits_limit, measure, pad
 from nugget2d.modeling.cache import Nuggets
 from nugget2d.modeling.losses import token_losses
 from nugget2d.modeling.network import Network
 
 # Adam's step, in units of a segment's typical state (docs/LOG.md has the trials).
 STEP = 0.06
-# Weight of the continuation loss; how many continuations are imagined, one looked at in each step, and their tokens.
+# Weight of the continuation loss; how many continuations are sampled, one looked at in each step, and their tokens.
 CONTINUATION = 1.0
 CONTINUATIONS = 8
 CONTINUATION_TOKENS = 48
 
 
-def refine_limit(model: Network) -> int:
+def optimize_limit(model: Network) -> int:
     """Tokens of a batch: fewer than elsewhere, for activations of all layers and what continuations expect are kept."""
     return max(1, logits_limit(model) // 4)
 
 
-def refine(model: Network, drafts: Sequence[Draft], steps: int, target: float) -> list[Draft]:
-    """Measured drafts, those below `target` after at most `steps` gradient steps; none reads worse than it came."""
-    measured = measure(model, drafts)
-    rows = [row for row, draft in enumerate(measured) if draft.accuracy < target]
+def optimize(model: Network, results: Sequence[SegmentResult], steps: int, target: float) -> list[SegmentResult]:
+    """Measured results, those below `target` after at most `steps` gradient steps; none reads worse than it came."""
+    measured = measure(model, results)
+    rows = [row for row, result in enumerate(measured) if result.accuracy < target]
     if rows:
         with torch.enable_grad():
             refined = _Descent(model, [measured[row] for row in rows]).run(steps, target)
-        for row, draft in zip(rows, measure(model, refined), strict=True):
-            if draft.accuracy >= measured[row].accuracy:
-                measured[row] = draft
+        for row, result in zip(rows, measure(model, refined), strict=True):
+            if result.accuracy >= measured[row].accuracy:
+                measured[row] = result
     return measured
 
 
 class _Descent:
     """Adam on the states of a batch of segments, each with its own scale, its own stop and its own best."""
 
-    def __init__(self, model: Network, drafts: Sequence[Draft]) -> None:
-        """Start from the states of `drafts`."""
+    def __init__(self, model: Network, results: Sequence[SegmentResult]) -> None:
+        """Start from the states of `results`."""
         self.model = model
-        self.drafts = drafts
-        self.store: StoreDtype = drafts[0].memory.dtype
-        self.ids = pad([draft.piece.ids for draft in drafts], model.device)  # (B, n)
-        self.lengths = torch.tensor([len(draft.piece.ids) for draft in drafts], device=model.device)
-        nuggets = segment_nuggets(model, [(draft.memory, 0) for draft in drafts])
+        self.results = results
+        self.store: StoreDtype = results[0].memory.dtype
+        self.ids = pad([result.segment.ids for result in results], model.device)  # (B, n)
+        self.lengths = torch.tensor([len(result.segment.ids) for result in results], device=model.device)
+        nuggets = segment_nuggets(model, [(result.memory, 0) for result in results])
         self.valid = nuggets.valid
-        self.imagined = imagine(model, [draft.piece.ids for draft in drafts], CONTINUATIONS, CONTINUATION_TOKENS)
+        self.samples = sample_continuations(
+            model, [result.segment.ids for result in results], CONTINUATIONS, CONTINUATION_TOKENS
+        )
         # keys of all layers, then values: (B, heads, K, head_dim) each
         self.start = [states.float() for states in (*nuggets.keys, *nuggets.values)]
         self.scale = self._scale()
@@ -71,10 +73,10 @@ class _Descent:
         self.best_accuracy = torch.full_like(self.lengths, -1, dtype=torch.float32)
         self.best_loss = torch.full_like(self.best_accuracy, torch.inf)
 
-    def run(self, steps: int, target: float) -> list[Draft]:
-        """The drafts with the best states that were seen: highest accuracy first, then lowest loss."""
+    def run(self, steps: int, target: float) -> list[SegmentResult]:
+        """The results with the best states that were seen: highest accuracy first, then lowest loss."""
         optimizer = torch.optim.Adam(self.change, lr=STEP)
-        rows = torch.arange(len(self.drafts), device=self.model.device)
+        rows = torch.arange(len(self.results), device=self.model.device)
         for step in range(steps + 1):
             states = [
                 _as_kept(start[rows] + self.scale[rows] * change[rows], self.store)
@@ -92,14 +94,14 @@ class _Descent:
                 change.grad = gradient
             optimizer.step()
             rows = rows[going_on]
-        return [self._draft(row) for row in range(len(self.drafts))]
+        return [self._result(row) for row in range(len(self.results))]
 
     def _scale(self) -> Tensor:
         """(B, 1, 1, 1) typical size of a segment's states: the geometric mean, over layers, of their root mean square.
 
         Keys have a few huge dimensions in many models; an arithmetic mean would be theirs.
         """
-        counts = torch.tensor([draft.count for draft in self.drafts], device=self.model.device)
+        counts = torch.tensor([result.count for result in self.results], device=self.model.device)
         logs = []
         for states in self.start:
             numbers = counts * states.shape[1] * states.shape[3]  # padding is zero and not counted
@@ -121,7 +123,7 @@ class _Descent:
 
     def _continuation(self, rows: Tensor, states: Sequence[Tensor], sample: int) -> Tensor:
         """(b,) Kullback-Leibler divergence from what the LM expects after the text, in nats a token."""
-        ids, expected = self.imagined.ids[sample, rows], self.imagined.expected[sample, rows]
+        ids, expected = self.samples.ids[sample, rows], self.samples.expected[sample, rows]
         nuggets = self._nuggets(rows, states)
         logits = self.model.decode(nuggets, ids[:, :-1], prompt="continue", start=self.lengths[rows])
         return (expected.exp() * (expected - logits.float().log_softmax(-1))).sum(-1).mean(1)
@@ -135,13 +137,13 @@ class _Descent:
         for best, layer in zip(self.best, states, strict=True):
             best[chosen] = layer[better]
 
-    def _draft(self, row: int) -> Draft:
-        draft = self.drafts[row]
-        own = slice(self.best[0].shape[2] - draft.count, None)
+    def _result(self, row: int) -> SegmentResult:
+        result = self.results[row]
+        own = slice(self.best[0].shape[2] - result.count, None)
         states = [States.store(layer[row, :, own].cpu().clone(), self.store) for layer in self.best]
         layers = len(states) // 2
-        memory = replace(draft.memory, keys=tuple(states[:layers]), values=tuple(states[layers:]))
-        return replace(draft, memory=memory)
+        memory = result.memory.with_states(states[:layers], states[layers:])
+        return replace(result, memory=memory)
 
 
 def _as_kept(states: Tensor, store: StoreDtype) -> Tensor:

@@ -1,0 +1,44 @@
+"""What a memory says of itself besides its payload: segments, how it is read, which method made it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of text that was compressed in one pass.
+
+    `start` and `end` are character offsets into the whole text; of its `num_tokens` tokens `num_nuggets` were kept (by
+    at least one head). `accuracy` is the share of its tokens that the model was measured to predict right from the
+    states as they are kept, given the true tokens before (no patch); None if nobody measured.
+    """
+
+    start: int
+    end: int
+    num_tokens: int
+    num_nuggets: int
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class ReaderSpec:
+    """With what a memory has to be read.
+
+    Attributes:
+        role: the weights: "base" is the LM as it is, "decoder" the decoder adapter.
+        soft_prompt: whether the soft prompt "continue" stands behind the memory.
+        adapters: digest of decoder adapter and soft prompts; None where the base alone reads (and in version 1).
+    """
+
+    role: Literal["base", "decoder"] = "base"
+    soft_prompt: bool = False
+    adapters: str | None = None
+
+
+@dataclass(frozen=True)
+class MethodRecord:
+    """The method that made a memory, by its name in the registry, and its configuration."""
+
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,193 @@
+"""Nugget2D: chosen tokens' states from a trained encoder, segment by segment (arXiv 2310.02409).
+
+A text longer than `config.window` is cut into segments that the model was trained on; nuggets are shared out so that
+the whole text meets the budget; segments are encoded side by side and joined, in time linear in the text.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from nugget2d.config import SelectionName
+from nugget2d.errors import InputError, ModelError
+from nugget2d.memory.exact import ExactRecord
+from nugget2d.memory.memory import Memory
+from nugget2d.memory.states import row_nbytes
+from nugget2d.methods.base import KVMethod, Progress, native_dtype
+from nugget2d.methods.budget import Budget
+from nugget2d.methods.nugget.accuracy import meet_accuracy, warn_if_missed
+from nugget2d.methods.nugget.encoding import BATCH_TOKENS, SegmentResult, batches, encode, logits_limit, measure
+from nugget2d.methods.nugget.optimization import optimize, optimize_limit
+from nugget2d.modeling.network import Network
+from nugget2d.modeling.selection import count_nuggets
+from nugget2d.text.segmentation import TextSegment, split
+
+# Tokens compressed between two pauses of `steps`: others wait for so many.
+STEP_TOKENS = 256
+
+
+class NuggetMethod(KVMethod):
+    """Every state of a nugget has seen its segment up to there; the decoder reads nuggets in place of the text.
+
+    Attributes:
+        selection: "learned", "window", "even", "random" or "punctuation"; None takes the model's own.
+        exact: also store what greedy decoding would miss, so that `reconstruct` returns the very same string.
+        target_accuracy: share of the tokens, above 0 and at most 1, that must read back right. Each segment gets the
+            highest ratio that was measured to do so (accuracy.py); with `optimize_steps` it is where these stop
+            instead, and the budget is kept as asked.
+        optimize_steps: at most so many gradient steps on the nuggets of every segment that reads worse than
+            `target_accuracy` (all right, if not given). Weights stay as they are; no segment reads worse afterwards.
+            Each step costs about as much as four passes over the text (optimization.py).
+    """
+
+    name: ClassVar[str] = "nugget2d"
+    needs_training: ClassVar[bool] = True
+    source: ClassVar[str] = "Qin et al. 2024, arXiv 2310.02409"
+    default_ratio: ClassVar[float] = 20.0
+
+    selection: SelectionName | None = None
+    exact: bool = False
+    target_accuracy: float | None = Field(default=None, gt=0, le=1)
+    optimize_steps: int = Field(default=0, ge=0)
+
+    def bound(self, model: Network) -> "NuggetMethod":
+        """See `Method`."""
+        return super().bound(model).model_copy(update={"selection": self.selection or model.config.selection})
+
+    @property
+    def sets_budget(self) -> bool:
+        """Whether each segment gets the ratio that it needs for `target_accuracy`."""
+        return self.target_accuracy is not None and not self.optimize_steps
+
+    @torch.no_grad()
+    def compress(
+        self, model: Network, texts: Sequence[str], budget: Budget | None, on_progress: Progress | None = None
+    ) -> list[Memory]:
+        """See `Method`; accuracies that were measured on the way are kept in the memories.
+
+        Warns:
+            QualityWarning: some segments miss `target_accuracy`; they keep the best that was measured.
+        """
+        mine = self._for(model)
+        documents = [_cut(model, text, number) for number, text in enumerate(texts)]
+        segments = [segment for document in documents for segment in document]
+        if mine.sets_budget:
+            if budget is not None:
+                raise InputError(
+                    "target_accuracy chooses the ratio: give one of them, or optimize_steps as well, to stop at that "
+                    "accuracy"
+                )
+            results = meet_accuracy(model, segments, mine.target_accuracy or 1.0, mine, on_progress)
+        else:
+            counts = [count for document in documents for count in mine._counts(model, document, budget)]
+            results = mine._encode(model, segments, counts, on_progress)
+        if mine.target_accuracy is not None:
+            remedy = "every ratio was tried" if mine.sets_budget else "optimize longer or lower the ratio"
+            warn_if_missed(results, mine.target_accuracy, remedy)
+        ready = iter(results)
+        return [mine._assemble([next(ready) for _ in document]) for document in documents]
+
+    def steps(self, model: Network, texts: Sequence[str], budget: Budget | None) -> Generator[int, None, list[Memory]]:
+        """See `Method`: a few segments at a time."""
+        mine = self._for(model)
+        if mine.sets_budget or mine.optimize_steps or mine.exact:
+            return mine.compress(model, texts, budget)
+        documents = [_cut(model, text, number) for number, text in enumerate(texts)]
+        left = sum(len(segment.ids) for document in documents for segment in document)
+        memories = []
+        for document in documents:
+            results: list[SegmentResult] = []
+            counts = mine._counts(model, document, budget)
+            while len(results) < len(document):
+                end = _few(document, len(results))
+                part = slice(len(results), end)
+                results += encode(model, document[part], counts[part], mine)
+                left -= sum(len(segment.ids) for segment in document[part])
+                if left:
+                    yield left
+            memories.append(mine._assemble(results))
+        return memories
+
+    # ---- how ----
+
+    def _for(self, model: Network) -> "NuggetMethod":
+        if not model.has_compressor:
+            raise ModelError(
+                f"{model.config.name!r} has no trained compressor, which method 'nugget2d' needs; use a training-free "
+                "method (`nugget2d methods` lists them), or train a compressor for it"
+            )
+        return self.bound(model)
+
+    def _counts(self, model: Network, document: Sequence[TextSegment], budget: Budget | None) -> list[int]:
+        """Nuggets of each segment of one text."""
+        budget = budget or Budget(ratio=self.default_ratio)
+        lengths = [len(segment.ids) for segment in document]
+        if budget.ratio is not None:
+            return count_nuggets(lengths, budget.ratio)
+        heads = model.kv_shape
+        nbytes = sum(2 * count * row_nbytes(width, self.dtype or native_dtype(model)) for count, width in heads)
+        count = budget.count(sum(lengths), nbytes)
+        if count < len(lengths):
+            raise InputError(
+                f"a text of {sum(lengths):,} tokens is compressed in {len(lengths)} segments of at least one nugget, "
+                f"the budget has room for {count}; raise it"
+            )
+        # a hair more than n / k, which rounding could make a nugget too many
+        return count_nuggets(lengths, max(1.0, sum(lengths) / count * (1 + 1e-9)))
+
+    def _encode(
+        self, model: Network, segments: Sequence[TextSegment], counts: Sequence[int], on_progress: Progress | None
+    ) -> list[SegmentResult]:
+        def work(batch: list[int]) -> list[SegmentResult]:
+            encoded = encode(model, [segments[i] for i in batch], [counts[i] for i in batch], self)
+            if self.optimize_steps:
+                target = 1.0 if self.target_accuracy is None else self.target_accuracy
+                return optimize(model, encoded, self.optimize_steps, target)
+            return measure(model, encoded) if self.exact else encoded
+
+        limit = optimize_limit(model) if self.optimize_steps else BATCH_TOKENS
+        limit = min(limit, logits_limit(model)) if self.optimize_steps or self.exact else limit
+        return _in_batches(segments, limit, work, on_progress)
+
+    def _assemble(self, document: Sequence[SegmentResult]) -> Memory:
+        memory = Memory.join([result.memory for result in document])
+        if not self.exact:
+            return memory
+        record = ExactRecord.make([result.segment.text for result in document], [result.patch for result in document])
+        return replace(memory, exact=record)
+
+
+def _few(document: Sequence[TextSegment], start: int) -> int:
+    """The end of the segments from `start` on that together have `STEP_TOKENS` tokens at most, or one that has more."""
+    end, tokens = start + 1, len(document[start].ids)
+    while end < len(document) and tokens + len(document[end].ids) <= STEP_TOKENS:
+        tokens += len(document[end].ids)
+        end += 1
+    return end
+
+
+def _cut(model: Network, text: str, number: int) -> list[TextSegment]:
+    if not isinstance(text, str):
+        raise InputError(f"text {number} is {type(text).__name__}, not str; decode bytes first")
+    segments = split(model.tokenizer, text, model.config.window)
+    if not segments:
+        raise InputError(f"text {number} is empty; there is nothing to compress")
+    return segments
+
+
+def _in_batches(
+    segments: Sequence[TextSegment],
+    limit: int,
+    work: Callable[[list[int]], list[SegmentResult]],
+    on_progress: Progress | None,
+) -> list[SegmentResult]:
+    """`work` on the indices of batch after batch; its results in the order of `segments`."""
+    results: dict[int, SegmentResult] = {}
+    for batch in batches(segments, limit):
+        results |= zip(batch, work(batch), strict=True)
+        if on_progress is not None:
+            on_progress(len(results), len(segments))
+    return [results[index] for index in range(len(segments))]

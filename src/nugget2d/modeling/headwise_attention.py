@@ -1,0 +1,117 @@
+"""Attention over a `HeadwiseCache`: block by block, registered with transformers as one of its implementations."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from nugget2d.errors import InputError, ModelError
+from nugget2d.modeling.headwise import Block, Unpadded
+
+_NAME = "nugget2d_headwise"
+
+
+@contextmanager
+def headwise_attention(lm: PreTrainedModel) -> Iterator[None]:
+    """Within the block `lm` reads a `HeadwiseCache`, and nothing else; afterwards it computes as before.
+
+    Layers with a sliding window see all that their block keeps: use them where the window hides nothing.
+
+    Raises:
+        ModelError: the attention of `lm` cannot be chosen.
+    """
+    AttentionInterface.register(_NAME, _attend)
+    AttentionMaskInterface.register(_NAME, _no_mask)
+    before = lm.config._attn_implementation
+    lm.set_attn_implementation(_NAME)
+    try:
+        if lm.config._attn_implementation != _NAME:
+            raise ModelError(
+                f"the attention of {type(lm).__name__} cannot be chosen, so it cannot read memories whose length "
+                "differs by layer or head; compress to the same number of nuggets everywhere"
+            )
+        yield
+    finally:
+        lm.set_attn_implementation(before)
+
+
+def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
+    """What transformers asks for a mask: none is needed, for a block holds nothing that would have to be hidden."""
+    if attention_mask is not None and not attention_mask.all():
+        raise InputError("a HeadwiseCache holds no padding: read prompts of different lengths each by itself")
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Unpadded | Tensor,
+    value: Unpadded | Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: (B, heads, q, head_dim) queries -> (B, q, heads, head_dim)."""
+    if not isinstance(key, Unpadded):
+        raise ModelError(
+            "within `headwise_attention` a model reads a HeadwiseCache only; give it one, or leave the block"
+        )
+    if attention_mask is not None or kwargs.get("position_bias") is not None:
+        raise ModelError(
+            f"{type(module).__name__} adds a mask or bias to attention, which a HeadwiseCache has no slots for"
+        )
+    layer = key.layer
+    # the queries of all heads that share a KV head, as one: (B, kv_heads, group, q, head_dim)
+    queries = query.unflatten(1, (layer.heads, -1))
+    sinks = None if s_aux is None else s_aux.view(layer.heads, -1)
+    out = queries.new_empty(*queries.shape[:-1], layer.blocks[0].values.shape[-1])
+    for block in layer.blocks:
+        own = queries[block.where]
+        if softcap is None and sinks is None:
+            out[block.where] = _sdpa(own, block, scaling)
+        else:
+            out[block.where] = _softmax(
+                own, block, scaling, softcap, None if sinks is None else sinks[list(block.heads)]
+            )
+    return out.flatten(1, 2).transpose(1, 2).contiguous(), None
+
+
+def _sdpa(queries: Tensor, block: Block, scaling: float | None) -> Tensor:
+    """(rows, heads, group, q, head_dim) -> the same, in torch's fused attention."""
+    group, count = queries.shape[2:4]
+    mask = _causal(count, block)
+    if mask is not None:
+        mask = mask.repeat(group, 1)
+    attended = F.scaled_dot_product_attention(
+        queries.flatten(2, 3), block.keys, block.values, attn_mask=mask, scale=scaling
+    )
+    return attended.unflatten(2, (group, count))
+
+
+def _softmax(
+    queries: Tensor, block: Block, scaling: float | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """The same step by step, with scores held below `softcap` and a sink (heads, group) that takes part of the weight."""
+    keys, values = block.keys[:, :, None], block.values[:, :, None]
+    scores = queries @ keys.transpose(-1, -2) * (queries.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    mask = _causal(queries.shape[3], block)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[..., None, None].expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
+    return weights[..., : block.length] @ values
+
+
+def _causal(count: int, block: Block) -> Tensor | None:
+    """(q, length): the last `count` tokens are the queries; each sees all that comes before it."""
+    if count == 1:
+        return None
+    return torch.ones(count, block.length, dtype=torch.bool, device=block.keys.device).tril(block.length - count)
