@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from nugget2d.errors import InputError, ModelError
-from nugget2d.modeling.headwise import Block, Unpadded
+from nugget2d.modeling.headwise_layer import Block, Unpadded
 
 _NAME = "nugget2d_headwise"
 
@@ -59,59 +59,57 @@ def _attend(
     """What transformers calls: (B, heads, q, head_dim) queries -> (B, q, heads, head_dim)."""
     if not isinstance(key, Unpadded):
         raise ModelError(
-            "within `headwise_attention` a model reads a HeadwiseCache only; give it one, or leave the block"
+            "within `headwise_attention` a model reads a HeadwiseCache only: give it one, or leave the block"
         )
     if attention_mask is not None or kwargs.get("position_bias") is not None:
         raise ModelError(
-            f"{type(module).__name__} adds a mask or bias to attention, which a HeadwiseCache has no slots for"
+            f"{type(module).__name__} gets a 4D mask or a position bias, which do not fit a HeadwiseCache: its heads "
+            "differ in length; give a mask of ones, or none"
         )
     layer = key.layer
-    # the queries of all heads that share a KV head, as one: (B, kv_heads, group, q, head_dim)
-    queries = query.unflatten(1, (layer.heads, -1))
-    sinks = None if s_aux is None else s_aux.view(layer.heads, -1)
+    queries = query.unflatten(1, (layer.heads, -1))  # (B, kv_heads, group of heads that share it, q, head_dim)
     out = queries.new_empty(*queries.shape[:-1], layer.blocks[0].values.shape[-1])
     for block in layer.blocks:
         own = queries[block.where]
-        if softcap is None and sinks is None:
+        if softcap is None and s_aux is None:
             out[block.where] = _sdpa(own, block, scaling)
         else:
-            out[block.where] = _softmax(
-                own, block, scaling, softcap, None if sinks is None else sinks[list(block.heads)]
-            )
+            sinks = None if s_aux is None else s_aux.view(layer.heads, -1)[list(block.heads)]
+            out[block.where] = _capped(own, block, scaling, softcap, sinks)
     return out.flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
 def _sdpa(queries: Tensor, block: Block, scaling: float | None) -> Tensor:
-    """(rows, heads, group, q, head_dim) -> the same, in torch's fused attention."""
+    """(rows, heads, group, q, head_dim) -> the same, by torch's fused attention."""
     group, count = queries.shape[2:4]
-    mask = _causal(count, block)
-    if mask is not None:
-        mask = mask.repeat(group, 1)
+    if count == 1:  # every head a task of its own, for as many threads
+        attended = F.scaled_dot_product_attention(
+            queries.flatten(1, 2), block.keys, block.values, scale=scaling, enable_gqa=True
+        )
+        return attended.unflatten(1, (-1, group))
+    # a group as more queries of one head: with a mask and `enable_gqa` CUDA has no fused kernel
+    mask = _causal(count, block).repeat(group, 1)
     attended = F.scaled_dot_product_attention(
         queries.flatten(2, 3), block.keys, block.values, attn_mask=mask, scale=scaling
     )
     return attended.unflatten(2, (group, count))
 
 
-def _softmax(
+def _capped(
     queries: Tensor, block: Block, scaling: float | None, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """The same step by step, with scores held below `softcap` and a sink (heads, group) that takes part of the weight."""
+    """The same step by step: scores stay below `softcap`, and a sink of each (heads, group) takes its part of 1."""
     keys, values = block.keys[:, :, None], block.values[:, :, None]
     scores = queries @ keys.transpose(-1, -2) * (queries.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    mask = _causal(queries.shape[3], block)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+    scores = scores.masked_fill(~_causal(queries.shape[3], block), -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks[..., None, None].expand(*scores.shape[:-1], 1)], dim=-1)
     weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
     return weights[..., : block.length] @ values
 
 
-def _causal(count: int, block: Block) -> Tensor | None:
-    """(q, length): the last `count` tokens are the queries; each sees all that comes before it."""
-    if count == 1:
-        return None
+def _causal(count: int, block: Block) -> Tensor:
+    """(q, length) bool: the last `count` tokens are the queries, and each sees itself and all before it."""
     return torch.ones(count, block.length, dtype=torch.bool, device=block.keys.device).tril(block.length - count)
