@@ -11,7 +11,7 @@ from tempfile import mkdtemp
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from nugget2d.errors import ModelError, OutputError
 from nugget2d.files import cache_folder, file_identity
@@ -58,10 +58,16 @@ def converted(path: Path) -> Path:
 
 def _convert(path: Path, folder: Path) -> None:
     options: dict[str, Any] = {"gguf_file": path.name}
+    whole = GgufConfig(dequantize=True)  # where there is a kernel for them, weights would stay packed
     try:
         auto = cast(Any, AutoModelForCausalLM)
         lm, report = auto.from_pretrained(
-            path.parent, dtype=torch.bfloat16, output_loading_info=True, trust_remote_code=False, **options
+            path.parent,
+            dtype=torch.bfloat16,
+            quantization_config=whole,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **options)
     except Exception as error:  # the readers of a damaged file raise whatever they run into

@@ -66,7 +66,7 @@ def load(
     if base is not None:
         raise InputError(f"{str(name)!r} is a plain language model, not a compressor; leave out base={str(base)!r}")
     loaded = load_base(name, revision=revision, token=token, **options)
-    config = NuggetConfig(name=str(name), adapters="none", **fitting_fields(loaded.lm))
+    config = NuggetConfig.model_validate({"name": str(name), "adapters": "none"} | fitting_fields(loaded.lm))
     model = make(loaded.lm, loaded.tokenizer, config)
     model.loaded_weights = loaded.loaded
     return model
@@ -84,7 +84,12 @@ def _load_compressor(make: Maker[N], folder: Path, base: str | Path | None, **op
     if base is not None and record is None:
         raise InputError(f"model folder {folder} has its own base; leave out base={str(base)!r}")
     source = base or (folder / BASE_FOLDER if record is None else record.name)
-    loaded = load_base(source, folder / TOKENIZER_FOLDER, **options)
+    try:
+        loaded = load_base(source, folder / TOKENIZER_FOLDER, **options)
+    except ModelError as error:
+        if record is None:
+            raise
+        raise ModelError(f"{error}; it is the base of {folder}: say where that is with base=") from error
     model = make(loaded.lm, loaded.tokenizer, config)
     model.loaded_weights = loaded.loaded
     if record is not None and not _is_base_of(record, model):

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,8 @@ def _unpacked(tensor: Tensor) -> Tensor:
     return tensor if _is_plain(tensor) else tensor.dequantize()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _bytes(tensor: Tensor) -> Any:
+    """What hashlib reads: an array of bytes, of floats as bfloat16."""
     if tensor.is_floating_point():
         tensor = tensor.to(torch.bfloat16)
-    return memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()

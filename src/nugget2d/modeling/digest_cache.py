@@ -61,21 +61,17 @@ def cached_weights_digest(state: Mapping[str, Tensor], loaded: LoadedWeights | N
     """
     if loaded is None or not loaded.files or tensor_versions(state) != loaded.versions:
         return weights_digest(state)
-    entry = {
+    condition = {
         "files": [list(identity) for identity in loaded.files],
         "transformers": transformers.__version__,  # other versions may name weights otherwise
         "dtypes": sorted({str(tensor.dtype) for tensor in state.values()} - set(map(str, _AGREE))),
         "sample": sampled_digest(state),
     }
     known = _read().get(loaded.folder)
-    if (
-        isinstance(known, dict)
-        and isinstance(known.get("digest"), str)
-        and known == entry | {"digest": known["digest"]}
-    ):
+    if isinstance(known, dict) and known.get("of") == condition and isinstance(known.get("digest"), str):
         return known["digest"]
     digest = weights_digest(state)
-    _write(loaded.folder, entry | {"digest": digest})
+    _write(loaded.folder, {"of": condition, "digest": digest})
     return digest
 
 
