@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 import tiny
 from nugget2d import Nugget2D
+from nugget2d.checkpoints import resolve
 from nugget2d.errors import InputError, ModelError, OutputError
 from nugget2d.modeling.cache import gather_nuggets
 from nugget2d.modeling.compatibility import as_cache
@@ -101,7 +102,7 @@ def test_precision_is_what_was_asked_for(folder: Path) -> None:
 
 
 def test_a_device_map_goes_before_the_device(folder: Path) -> None:
-    """"meta" is a device on every machine."""
+    """ "meta" is a device on every machine."""
     assert Nugget2D.from_pretrained(folder, device="meta").device.type == "meta"
     assert Nugget2D.from_pretrained(folder, device="meta", device_map={"": "cpu"}).device.type == "cpu"
 
@@ -186,27 +187,24 @@ def test_a_compressor_of_the_hub_is_loaded_at_its_revision(hub: Path, tmp_path: 
 def test_a_token_reaches_every_download(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also that of the base of a compressor, whose revision is another repository's matter."""
     publish(hub, "team/lm", save(tmp_path / "lm"))
-    tiny_compressor = Nugget2D.from_base("team/lm", lora_rank=2, scorer_layer=1)
-    tiny_compressor.save_pretrained(tmp_path / "adapters", base=False)
+    compressor = Nugget2D.from_base("team/lm", lora_rank=2, scorer_layer=1)
+    compressor.save_pretrained(tmp_path / "adapters", base=False)
     publish(hub, "team/adapters", tmp_path / "adapters", "v2")
     calls: list[tuple[str, object, object]] = []
 
-    def watch(place: str) -> None:
-        from importlib import import_module
-
-        module, name = place.split(":")
-        original = getattr(import_module(module), name)
+    def watch(owner: object, name: str) -> None:
+        original = getattr(owner, name)
 
         def call(repository: object, *arguments: object, **options: object) -> object:
             calls.append((str(repository), options.get("token"), options.get("revision")))
             return original(repository, *arguments, **options)
 
-        monkeypatch.setattr(f"{module}.{name}", call)
+        monkeypatch.setattr(owner, name, call)
 
-    watch("nugget2d.checkpoints.resolve:hf_hub_download")
-    watch("nugget2d.checkpoints.resolve:snapshot_download")
-    watch("transformers.AutoModelForCausalLM:from_pretrained")
-    watch("transformers.AutoTokenizer:from_pretrained")
+    watch(resolve, "hf_hub_download")
+    watch(resolve, "snapshot_download")
+    watch(hf.AutoModelForCausalLM, "from_pretrained")
+    watch(hf.AutoTokenizer, "from_pretrained")
     Nugget2D.from_pretrained("team/adapters", revision="v2", token="secret")
     assert {token for _, token, _ in calls} == {"secret"}
     assert {(name, revision) for name, _, revision in calls if name.startswith("team/")} == {

@@ -74,10 +74,5 @@ def _convert(path: Path, folder: Path) -> None:
         raise ModelError(f"cannot read {path}: {error}") from error
     if report["missing_keys"]:
         raise ModelError(f"{path} is no whole language model: no weights for {sorted(report['missing_keys'])[:3]}")
-    # an LM read from GGUF counts as quantized, and would refuse to be saved
-    del lm.config.quantization_config
-    plain = type(lm)(lm.config)
-    plain.to(torch.bfloat16).load_state_dict(lm.state_dict())
-    plain.generation_config = lm.generation_config
-    plain.save_pretrained(folder)
+    lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
