@@ -139,10 +139,10 @@ def test_old_memories_go_by_all_weights(llama: Nugget2D) -> None:
 @pytest.mark.parametrize("scheme", [1, 2])
 def test_weights_and_tokenizer_must_both_fit_and_names_need_not(llama: Nugget2D, scheme: int) -> None:
     own = llama.legacy_fingerprint if scheme == 1 else llama.fingerprint
-    assert llama.can_read(Fingerprint("other name", own.model, own.tokenizer, scheme))
-    assert not llama.can_read(Fingerprint(own.name, own.model[::-1], own.tokenizer, scheme))
-    assert not llama.can_read(Fingerprint(own.name, own.model, own.tokenizer[::-1], scheme))
-    assert not llama.can_read(Fingerprint(own.name, own.model, own.tokenizer, 3 - scheme))
+    assert llama.recognizes(Fingerprint("other name", own.model, own.tokenizer, scheme))
+    assert not llama.recognizes(Fingerprint(own.name, own.model[::-1], own.tokenizer, scheme))
+    assert not llama.recognizes(Fingerprint(own.name, own.model, own.tokenizer[::-1], scheme))
+    assert not llama.recognizes(Fingerprint(own.name, own.model, own.tokenizer, 3 - scheme))
 
 
 # ---- the cache ----

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from nugget2d.errors import ModelError, OutputError
 from nugget2d.memory.states import States, StoreDtype
-from nugget2d.methods.nugget.encoding import native_dtype
+from nugget2d.methods.base import native_dtype
 from nugget2d.model import Nugget2D
 from nugget2d.modeling.cache import cached_states, gather_nuggets
 from nugget2d.modeling.compatibility import as_cache

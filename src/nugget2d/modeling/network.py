@@ -96,7 +96,7 @@ class Network(nn.Module):
         if not self.has_compressor:
             raise ModelError(
                 f"the LM {self.config.name!r} has no trained compressor; use a training-free method, or train one "
-                "with `nugget2d train`"
+                "with `nugget2d train` (`nugget2d methods` lists all)"
             )
 
     @property
