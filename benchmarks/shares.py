@@ -59,7 +59,7 @@ def main() -> None:
         results.append({"states": budget.states, "method": method, "share": budget.share, "nats": mean})
         print(results[-1], flush=True)
     settings = {"corpus": path.name, "tokens": len(blocks) * BLOCK, "warm_up": warm_up, "chunk": options.chunk}
-    weights = {method: model.fingerprint.model for method, model in models.items()}
+    weights = {method: model.legacy_fingerprint.model for method, model in models.items()}
     write_report(options.out / f"{path.name}.json", settings | {"weights": weights, "results": results})
 
 

@@ -442,6 +442,7 @@ def test_a_saved_model_is_the_same_model(model: Nugget2D, dtype, tmp_path) -> No
     again = Nugget2D.from_pretrained(tmp_path / "m")
     assert again.config == model.config
     assert again.fingerprint == model.fingerprint
+    assert again.legacy_fingerprint == model.legacy_fingerprint
     memory = model.compress(tiny.TEXT[:200], ratio=4)
     again.reconstruct(memory)  # its fingerprint is accepted
     if dtype is None:

@@ -154,8 +154,8 @@ def test_blocks_tile_each_document_and_count_each_word_once() -> None:
 def test_a_run_measures_only_what_is_missing(llama: Nugget2D, tmp_path: Path) -> None:
     settings = LmSettings(
         config=llama.config,
-        weights=llama.fingerprint.model,
-        tokenizer=llama.fingerprint.tokenizer,
+        weights=llama.legacy_fingerprint.model,
+        tokenizer=llama.legacy_fingerprint.tokenizer,
         data_sha256={"text": "0"},
         states=(24, 32),
         chunk=8,

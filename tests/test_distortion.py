@@ -203,8 +203,8 @@ def test_a_cell(llama: Nugget2D) -> None:
 def settings(model: Nugget2D, **changes: Any) -> Settings:
     fields: dict[str, Any] = {
         "config": model.config,
-        "weights": model.fingerprint.model,
-        "tokenizer": model.fingerprint.tokenizer,
+        "weights": model.legacy_fingerprint.model,
+        "tokenizer": model.legacy_fingerprint.tokenizer,
         "data": "a text",
         "data_sha256": "0",
         "windows": 2,

@@ -103,7 +103,11 @@ def test_more_threads_than_cores_are_too_many(monkeypatch: pytest.MonkeyPatch) -
 def test_a_missing_extra_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nugget2d.inspection.doctor.util.find_spec", lambda name: None)
     extras = [finding for finding in doctor._machine_findings() if finding.value == "not installed"]
-    assert [finding.remedy for finding in extras] == ["pip install 'nugget2d[bench]'", "pip install 'bitsandbytes'"]
+    assert [finding.remedy for finding in extras] == [
+        "pip install 'nugget2d[bench]'",
+        "pip install 'nugget2d[gguf]'",
+        "pip install 'bitsandbytes'",
+    ]
 
 
 def test_the_command_prints_and_exits_by_what_it_finds(folder: str) -> None:

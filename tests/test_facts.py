@@ -9,7 +9,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 import tiny
 from nugget2d.modeling.compatibility import as_cache
-from nugget2d.modeling.digest import fingerprint
+from nugget2d.modeling.digest import sampled_digest, weights_digest
 
 LENGTH, KEPT = 12, [1, 4, 5, 11]
 
@@ -136,4 +136,6 @@ def test_packed_weights_are_digested_as_what_they_stand_for() -> None:
 
     weights = torch.arange(6.0)
     packed = {"weight": weights.as_subclass(Packed)}
-    assert fingerprint("", packed, tiny.tokenizer()) == fingerprint("", {"weight": weights * 2}, tiny.tokenizer())
+    for digest in (sampled_digest, weights_digest):
+        assert digest(packed) == digest({"weight": weights * 2})
+    assert weights_digest(packed) != weights_digest({"weight": weights})

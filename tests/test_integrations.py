@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, pipeline
 import tiny
 from nugget2d import Nugget2D
 from nugget2d.checkpoints.card import MARK
+from nugget2d.checkpoints.resolve import find_compressor
 from nugget2d.errors import InputError, OutputError
 from nugget2d.integrations.transformers import Nugget2DConfig, register
 
@@ -49,7 +50,7 @@ def test_auto_classes_load_a_folder(folder: Path, llama: Nugget2D) -> None:
     register()
     assert isinstance(AutoConfig.from_pretrained(folder), Nugget2DConfig)
     model = AutoModel.from_pretrained(folder)
-    assert model.fingerprint == llama.fingerprint
+    assert model.legacy_fingerprint == llama.legacy_fingerprint
     half = AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
     assert half.lm.dtype == torch.bfloat16
     with pytest.raises(InputError, match="cannot be loaded with low_memory"):
@@ -57,10 +58,8 @@ def test_auto_classes_load_a_folder(folder: Path, llama: Nugget2D) -> None:
 
 
 def test_the_bundled_model_is_such_a_folder() -> None:
-    from nugget2d.checkpoints.pretrained import resolve
-
     register()
-    assert isinstance(AutoConfig.from_pretrained(resolve("nano")), Nugget2DConfig)
+    assert isinstance(AutoConfig.from_pretrained(find_compressor("nano")), Nugget2DConfig)
 
 
 def test_the_pipeline_answers_as_the_model_does(folder: Path, llama: Nugget2D) -> None:
@@ -104,7 +103,7 @@ def test_peft_reads_both_adapters(kind: str, tmp_path: Path) -> None:
         assert not torch.allclose(outputs[role], plain, atol=1e-3)
         assert adapted.peft_config["default"].r == model.config.lora_rank
     assert not torch.allclose(outputs["encoder"], outputs["decoder"], atol=1e-3)
-    assert Nugget2D.from_pretrained(tmp_path / "m").fingerprint == model.fingerprint
+    assert Nugget2D.from_pretrained(tmp_path / "m").legacy_fingerprint == model.legacy_fingerprint
 
 
 # ---- hub ----
@@ -149,14 +148,14 @@ def test_pushing_uploads_a_folder_that_loads(tmp_path: Path, llama: Nugget2D, mo
         return type("Url", (), {"repo_id": "team/" + repo_id})
 
     def upload_folder(self, *, repo_id, folder_path, commit_message):
-        calls["upload"] = (repo_id, Nugget2D.from_pretrained(folder_path).fingerprint)
+        calls["upload"] = (repo_id, Nugget2D.from_pretrained(folder_path).legacy_fingerprint)
         assert (Path(folder_path) / "README.md").is_file()
         return "https://hub.example/commit/1"
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     assert llama.push_to_hub("story", private=True, token="t") == "https://hub.example/commit/1"
-    assert calls == {"create": ("story", True, True, "t"), "upload": ("team/story", llama.fingerprint)}
+    assert calls == {"create": ("story", True, True, "t"), "upload": ("team/story", llama.legacy_fingerprint)}
 
     def refuse(*arguments, **options):
         raise OSError("no route to the hub")

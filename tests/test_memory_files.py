@@ -93,8 +93,10 @@ def test_fingerprints_tell_models_apart() -> None:
         tiny.trained("llama", "lora"),
         tiny.make("qwen2"),
     ]
-    assert len({model.fingerprint.model for model in models}) == len(models)
-    assert tiny.make("llama", "copies").fingerprint == models[0].fingerprint
+    assert len({model.legacy_fingerprint.model for model in models}) == len(models)
+    assert tiny.make("llama", "copies").legacy_fingerprint == models[0].legacy_fingerprint
+    # the first three are one LM
+    assert models[0].fingerprint == models[1].fingerprint == models[2].fingerprint != models[3].fingerprint
 
 
 def test_bad_joins_and_dtypes_are_refused(llama: Nugget2D) -> None:

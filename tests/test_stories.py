@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from nugget2d import Nugget2D
-from nugget2d.checkpoints.pretrained import load_base
+from nugget2d.checkpoints.base import load_base
 from nugget2d.errors import ModelError
 from nugget2d.text.segmentation import detokenize, detokenize_after, split, tokenize, tokenize_after
 
@@ -66,7 +66,7 @@ def tokenizer(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> PreTrai
     folder = tmp_path_factory.mktemp("base")
     convert.read_checkpoint(write_checkpoint(folder / "model.bin")).save_pretrained(folder)
     convert.read_tokenizer(tokens).save_pretrained(folder)
-    return load_base(folder)[1]
+    return load_base(folder).tokenizer
 
 
 @pytest.mark.parametrize(("tied", "heads", "kv_heads"), [(True, 4, 2), (False, 4, 2), (True, 2, 2), (True, 4, 1)])
@@ -75,7 +75,7 @@ def test_a_converted_model_computes_what_llama2c_does(tmp_path: Path, tied: bool
     lm = convert.read_checkpoint(path)
     lm.save_pretrained(tmp_path / "base")
     convert.read_tokenizer(write_tokens(tmp_path / "tok.bin")).save_pretrained(tmp_path / "base")
-    loaded, _ = load_base(tmp_path / "base")
+    loaded = load_base(tmp_path / "base").lm
     ids = [1, 270, 5, 261, 261, 280, 1, 262, 33, 259]
     with torch.no_grad():
         mine = loaded(torch.tensor([ids])).logits[0].numpy()

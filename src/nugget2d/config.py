@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Adapters = Literal["lora", "copies"]
+Adapters = Literal["lora", "copies"]  # how a compressor is trained
 MemoryKind = Literal["nuggets", "pooled", "slots", "part"]
 SelectionName = Literal["learned", "window", "even", "random", "punctuation"]
 
@@ -29,7 +29,8 @@ class NuggetConfig(Frozen):
         name: how errors and memory files call this model.
         memory: what the model was trained to read; all but nuggets are baselines (nugget2d.baselines).
         adapters: "lora" = two low-rank adapters on a frozen base (the published form, Nugget2D section 3);
-            "copies" = the base itself decodes, a full copy of its layers encodes (best for small bases).
+            "copies" = the base itself decodes, a full copy of its layers encodes (best for small bases);
+            "none" = a plain LM: there is no compressor.
         lora_rank: rank of both adapters; ignored for copies.
         lora_targets: names of the projections that carry an adapter; `Nugget2D.from_base` finds those of its LM.
         scorer_layer: the scorer reads the hidden state after this many layers, adapters off.
@@ -44,7 +45,7 @@ class NuggetConfig(Frozen):
 
     name: str = "unnamed"
     memory: MemoryKind = "nuggets"
-    adapters: Adapters = "lora"
+    adapters: Adapters | Literal["none"] = "lora"
     lora_rank: int = Field(default=32, ge=1)
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj", "o_proj")
     scorer_layer: int = Field(default=3, ge=0)

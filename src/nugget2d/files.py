@@ -1,4 +1,4 @@
-"""Reading text and writing files so that nothing half-written is ever left behind."""
+"""Reading text, writing files so that nothing half-written is ever left behind, and the folder for caches."""
 
 import os
 import stat
@@ -71,6 +71,28 @@ def check_writable(path: Path, *, force: bool) -> None:
         raise OutputError(f"cannot write {path}: folder {path.parent} does not exist; create it first")
     if not os.access(path.parent, os.W_OK):
         raise OutputError(f"cannot write {path}: no permission to write in {path.parent}; choose another folder")
+
+
+def cache_folder() -> Path:
+    """Where files are kept that can be made again: $NUGGET2D_CACHE, else nugget2d/ in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        OutputError: none is set and this user has no home folder.
+    """
+    if own := os.environ.get("NUGGET2D_CACHE"):
+        return Path(own)
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "nugget2d"
+    try:
+        return Path.home() / ".cache" / "nugget2d"
+    except RuntimeError as error:
+        raise OutputError("there is no home folder for a cache; set NUGGET2D_CACHE to a folder") from error
+
+
+def file_identity(path: Path) -> tuple[str, int, int, int]:
+    """Absolute path, size, time of the last change (ns) and inode: a file that was written again has another."""
+    state = path.stat()
+    return str(path.absolute()), state.st_size, state.st_mtime_ns, state.st_ino
 
 
 def decode_text(data: bytes, source: str) -> str:

@@ -2,18 +2,23 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, overload
+from typing import Any, ClassVar, Literal, overload
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from nugget2d.checkpoints import pretrained
+from nugget2d.checkpoints.base import DeviceMap, load_base
+from nugget2d.checkpoints.kinds import class_of
+from nugget2d.checkpoints.load import load
+from nugget2d.checkpoints.save import push, save
 from nugget2d.config import Adapters, MemoryKind, NuggetConfig, Threshold
 from nugget2d.errors import InputError, ModelError
 from nugget2d.inference import generation, reconstruction, scoring
 from nugget2d.memory.memory import Memory
 from nugget2d.methods.options import CompressOptions
+from nugget2d.modeling.adapters import refuse_adapted
 from nugget2d.modeling.compatibility import fitting_fields
 from nugget2d.modeling.network import Network
 from nugget2d.modeling.parameters import attention_projections
@@ -34,32 +39,55 @@ class Nugget2D(Network):
         cls,
         name: str | Path,
         *,
+        revision: str | None = None,
+        token: str | None = None,
+        dtype: torch.dtype | str = torch.float32,
         device: str | torch.device = "cpu",
+        device_map: DeviceMap | None = None,
         base: str | Path | None = None,
-        dtype: torch.dtype = torch.float32,
         quantization_config: QuantizationConfigMixin | None = None,
     ) -> "Nugget2D":
-        """Load a bundled model ("nano"), a folder written by `save_pretrained`, or a hub id.
+        """Load a compressor, or a plain causal LM, which compresses by training-free methods.
 
         Args:
-            name: which model.
-            device: where to; a quantized base stays where its library put it.
+            name: a bundled compressor ("nano"), a folder written by `save_pretrained`, a folder with any causal LM of
+                transformers, the hub id of either, or a .gguf file (converted once into a cache folder).
+            revision: branch, tag or commit of a hub id; None takes the main branch.
+            token: for private and gated repositories; None takes the one that `hf auth login` stored.
+            dtype: precision of the LM, also as a string ("bfloat16"), or "auto" for that of its files; everything
+                trained keeps float32, but for copied layers.
+            device: where to; not applied with `device_map` or `quantization_config`.
+            device_map: where transformers shall put the LM's layers, e.g. "auto".
             base: for adapters saved alone: the folder or hub id of their base, if it is not where it was.
-            dtype: precision of the base; everything trained keeps float32, but for copied layers.
-            quantization_config: how transformers shall quantize the base, e.g. `BitsAndBytesConfig(load_in_8bit=True)`.
+            quantization_config: how transformers shall quantize the LM, e.g. `BitsAndBytesConfig(load_in_8bit=True)`.
 
         Raises:
-            ModelError: there is no such model, its files are incomplete, the base is another one, or it was trained to
-                read another kind of memory than this class makes.
+            ModelError: there is no such model, it is a peft adapter, its files are incomplete, its base is another
+                one, it is of a kind that cannot be supported, or it was trained to read other memories than this class.
             InputError: a `base` for a model that has its own.
+            OutputError: the cache folder cannot be written.
         """
-        model = pretrained.load(cls, name, base, dtype=dtype, quantization_config=quantization_config)
-        if model.config.memory != cls.memory_kind:
-            raise ModelError(
-                f"{str(name)!r} was trained on memories of kind {model.config.memory!r}, {cls.__name__} makes "
-                f"{cls.memory_kind!r}; load it with the class for them (nugget2d.baselines)"
-            )
-        return model if quantization_config is not None else model.to(device)
+
+        def make(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: NuggetConfig) -> "Nugget2D":
+            kind = class_of(config.memory)
+            if not issubclass(kind, cls):
+                raise ModelError(
+                    f"{str(name)!r} was trained on memories of kind {config.memory!r}, {cls.__name__} makes "
+                    f"{cls.memory_kind!r}; load it with Nugget2D.from_pretrained"
+                )
+            return kind(lm, tokenizer, config)
+
+        model = load(
+            make,
+            name,
+            base,
+            revision=revision,
+            token=token,
+            dtype=dtype,
+            device_map=device_map,
+            quantization_config=quantization_config,
+        )
+        return model if device_map is not None or quantization_config is not None else model.to(device)
 
     def save_pretrained(
         self,
@@ -82,7 +110,7 @@ class Nugget2D(Network):
                 and must be.
             OutputError: the folder cannot be written.
         """
-        pretrained.save(self, folder, dtype, base=base, figures=figures)
+        save(self, folder, dtype, base=base, figures=figures)
 
     def push_to_hub(
         self, repo_id: str, *, base: bool = True, private: bool | None = None, token: str | None = None
@@ -99,18 +127,7 @@ class Nugget2D(Network):
             InputError: see `save_pretrained`.
             OutputError: the hub refused, or cannot be reached.
         """
-        return pretrained.push(self, repo_id, base=base, private=private, token=token)
-
-    def merge_and_unload(self) -> NoReturn:
-        """Always refused, under the name that users of peft look for.
-
-        Raises:
-            ModelError: one base cannot hold both adapters, and it must stay as it is for the scorer.
-        """
-        raise ModelError(
-            "adapters cannot be merged: encoder and decoder share one frozen base, which can take in only one of the "
-            "two and must stay as it was for the scorer; for weights without adapters train with adapters='copies'"
-        )
+        return push(self, repo_id, base=base, private=private, token=token)
 
     @classmethod
     def from_base(
@@ -123,7 +140,7 @@ class Nugget2D(Network):
         quantization_config: QuantizationConfigMixin | None = None,
         **options: Any,
     ) -> "Nugget2D":
-        """Wrap any decoder-only LM (object, folder or hub id) with fresh, untrained compressor weights.
+        """Wrap any decoder-only LM (object, folder, hub id or .gguf file) with fresh compressor weights, for training.
 
         Args:
             base: the LM; an object is changed in place.
@@ -134,24 +151,31 @@ class Nugget2D(Network):
             options: other fields of `NuggetConfig`; those left out are chosen to fit the LM.
 
         Raises:
-            ModelError: the LM cannot be loaded or is of a kind that cannot be supported.
-            InputError: an object came without a tokenizer; copies of a quantized base.
+            ModelError: the LM cannot be loaded, carries a peft adapter, or is of a kind that cannot be supported.
+            InputError: an object is no LM of transformers or came without a tokenizer; copies of a quantized base.
+            OutputError: see `from_pretrained`.
         """
         if quantization_config is not None and adapters == "copies":
             raise InputError("quantized weights cannot be trained; use adapters='lora'")
-        if isinstance(base, PreTrainedModel):
+        weights = None
+        if isinstance(base, nn.Module):
+            refuse_adapted(base)
+            if not isinstance(base, PreTrainedModel):
+                raise InputError(f"from_base takes a model of transformers, a folder or a hub id, got {type(base)}")
             if tokenizer is None:
                 raise InputError("from_base(model object) needs its tokenizer: from_base(model, tokenizer)")
             lm, default_name = base, base.config.name_or_path or type(base).__name__
         else:
-            lm, loaded = pretrained.load_base(base, dtype=dtype, quantization_config=quantization_config)
-            tokenizer = tokenizer or loaded
-            default_name = str(base)
+            loaded = load_base(base, dtype=dtype, quantization_config=quantization_config)
+            lm, weights, default_name = loaded.lm, loaded.loaded, str(base)
+            tokenizer = tokenizer or loaded.tokenizer
         fields: dict[str, Any] = {"name": default_name, "memory": cls.memory_kind, "adapters": adapters}
         fields |= fitting_fields(lm)
         if projections := attention_projections(lm):
             fields["lora_targets"] = projections
-        return cls(lm, tokenizer, NuggetConfig.model_validate(fields | options))
+        model = cls(lm, tokenizer, NuggetConfig.model_validate(fields | options))
+        model.loaded_weights = weights
+        return model
 
     # ---- what users call ----
 

@@ -54,8 +54,8 @@ def distortion(
     texts, digest = read_documents(data)
     settings = Settings(
         config=compressor.config,
-        weights=compressor.fingerprint.model,
-        tokenizer=compressor.fingerprint.tokenizer,
+        weights=compressor.legacy_fingerprint.model,
+        tokenizer=compressor.legacy_fingerprint.tokenizer,
         data=data.name if data else "the bundled article",
         data_sha256=digest,
         windows=windows or (WINDOWS if data else None),
@@ -116,8 +116,8 @@ def lm(
     pooled = None if compressive is None else PooledMemory.from_pretrained(compressive, device=compressor.device)
     settings = LmSettings(
         config=compressor.config,
-        weights=compressor.fingerprint.model,
-        tokenizer=compressor.fingerprint.tokenizer,
+        weights=compressor.legacy_fingerprint.model,
+        tokenizer=compressor.legacy_fingerprint.tokenizer,
         data_sha256=digests,
         states=columns,
         chunk=chunk,
@@ -163,7 +163,7 @@ def breakeven(
     texts, digest = read_documents(data)
     settings = Settings(
         config=compressor.config,
-        weights=compressor.fingerprint.model,
+        weights=compressor.legacy_fingerprint.model,
         data=data.name if data else "the bundled article",
         data_sha256=digest,
         lengths=tuple(wanted),

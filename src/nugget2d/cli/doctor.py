@@ -20,7 +20,7 @@ TOKENS = (1_000, 10_000, 100_000)
 
 def doctor(
     model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help="Bundled model, model folder, base LM folder, or hub id.")
+        str, typer.Argument(metavar="[MODEL]", help="Bundled model, folder, hub id or .gguf file.")
     ] = DEFAULT_MODEL,
     tokens: Annotated[
         int | None,

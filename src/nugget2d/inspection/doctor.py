@@ -5,22 +5,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata, util
 from math import ceil
-from pathlib import Path
 from platform import python_version
 
 import torch
 from transformers import DynamicCache
 
-from nugget2d.checkpoints.pretrained import CONFIG_FILE, resolve
-from nugget2d.errors import ModelError
+from nugget2d.errors import ModelError, OutputError
+from nugget2d.memory.states import States, StoreDtype
+from nugget2d.methods.base import native_dtype
 from nugget2d.model import Nugget2D
-from nugget2d.modeling.cache import gather_nuggets
+from nugget2d.modeling.cache import cached_states, gather_nuggets
 from nugget2d.modeling.compatibility import as_cache
 from nugget2d.modeling.precision import has_fast_bfloat16
 
 RATIOS = (10, 20)
 # What reading nuggets may differ from one masked pass, relative to the largest logit: rounding of float32.
 _TOLERANCE = 1e-3
+_PLAIN = "a plain LM: compresses by training-free methods; `nugget2d train` makes a compressor for it"
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,15 @@ def examine(name: str, tokens: Sequence[int]) -> Report:
     """Look at this machine and at a model; a model that cannot be used is a finding, not an error.
 
     Args:
-        name: a bundled model, a model folder, a folder with a base LM, or the hub id of either.
+        name: as for `Nugget2D.from_pretrained`.
         tokens: lengths of contexts whose memory is of interest.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model, trained = _open(name)
-        findings = _model_findings(model.to(device), trained)
+        model = Nugget2D.from_pretrained(name, device=device)
+        findings = _model_findings(model)
         sizes = tuple(_sizes(model, tokens))
-    except ModelError as error:
+    except (ModelError, OutputError) as error:
         findings, sizes = (Finding("model", name, str(error), fatal=True),), ()
     return Report(_machine_findings(), findings, sizes)
 
@@ -109,21 +110,11 @@ def reading_error(model: Nugget2D) -> float:
     return float((read - wanted).abs().max() / wanted.abs().max())
 
 
-def _open(name: str) -> tuple[Nugget2D, bool]:
-    """A compressor and True, or a base LM wrapped with fresh weights and False."""
-    if Path(name).is_dir() and not (Path(name) / CONFIG_FILE).is_file():
-        return Nugget2D.from_base(name), False
-    folder = resolve(name)
-    if (folder / CONFIG_FILE).is_file():
-        return Nugget2D.from_pretrained(folder), True
-    return Nugget2D.from_base(folder, name=name), False
-
-
-def _model_findings(model: Nugget2D, trained: bool) -> tuple[Finding, ...]:
+def _model_findings(model: Nugget2D) -> tuple[Finding, ...]:
     config, lm = model.config, model.lm
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return (
-        Finding("model", config.name, None if trained else "has no compressor yet: train one with `nugget2d train`"),
+        Finding("model", config.name, None if model.has_compressor else _PLAIN),
         Finding("architecture", f"{type(lm).__name__}, {lm.config.num_hidden_layers} layers"),
         Finding("parameters", f"{parameters:,} as {str(lm.dtype).removeprefix('torch.')}, adapters {config.adapters}"),
         Finding("device", str(model.device)),
@@ -166,13 +157,17 @@ def _positions(model: Nugget2D) -> Finding:
 
 
 def _sizes(model: Nugget2D, tokens: Sequence[int]) -> list[Size]:
-    """Measured on a memory of one short text: every token takes the same."""
-    memory = model.compress("nugget", ratio=1)
-    one = {str(kept.dtype): kept.nbytes // kept.num_nuggets for kept in (memory, memory.to("int8"))}
+    """Measured on the cache of one token: every token takes the same."""
+    with torch.no_grad():
+        keys, values = cached_states(model.encoder_states(model.embed(model.ids("nugget")[:, :1])))
+    kept: tuple[StoreDtype, ...] = (native_dtype(model), "int8")
+    states = [layer[0].cpu() for layer in (*keys, *values)]
+    one = {dtype: sum(States.store(layer, dtype).nbytes for layer in states) for dtype in kept}
+    full = sum(layer.nbytes for layer in states)
     return [
         Size(
             count,
-            count * memory.full_nbytes // memory.num_tokens,
+            count * full,
             {(ratio, dtype): ceil(count / ratio) * nbytes for ratio in RATIOS for dtype, nbytes in one.items()},
         )
         for count in tokens
@@ -188,6 +183,7 @@ def _machine_findings() -> tuple[Finding, ...]:
         Finding("dtypes", _dtypes()),
         _threads(),
         _extra("BLEU and plots (optional)", ("sacrebleu", "matplotlib"), "nugget2d[bench]", every=True),
+        _extra("GGUF files (optional)", ("gguf",), "nugget2d[gguf]", every=True),
         _extra("8- and 4-bit bases (optional)", ("bitsandbytes", "torchao"), "bitsandbytes", every=False),
     )
 

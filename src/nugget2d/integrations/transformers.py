@@ -14,12 +14,12 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from nugget2d.checkpoints.pretrained import MODEL_TYPE
+from nugget2d.checkpoints.layout import MODEL_TYPE
 from nugget2d.errors import InputError
 from nugget2d.integrations.pipeline import TASK, CompressedTextGeneration
 from nugget2d.model import Nugget2D
 
-LOADING = {"device", "base", "dtype", "quantization_config"}
+LOADING = {"base", "device", "device_map", "dtype", "quantization_config"}
 
 
 class Nugget2DConfig(PreTrainedConfig):
@@ -59,9 +59,9 @@ class Nugget2DLoader:
             raise InputError(
                 f"Nugget2D cannot be loaded with {', '.join(unknown)}; it takes {', '.join(sorted(LOADING))}"
             )
-        if not Path(name).is_dir():
-            name = snapshot_download(str(name), revision=revision, token=token, local_files_only=local_files_only)
-        return Nugget2D.from_pretrained(name, **wanted)
+        if local_files_only and not Path(name).is_dir():
+            name = snapshot_download(str(name), revision=revision, token=token, local_files_only=True)
+        return Nugget2D.from_pretrained(name, revision=revision, token=token, **wanted)
 
 
 def register() -> None:

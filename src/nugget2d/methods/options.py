@@ -80,11 +80,12 @@ class CompressOptions(Frozen):
     def address(self, text: str, model: Network) -> str:
         """Content address of the memory that `model` makes of `text`, in 32 hexadecimal digits.
 
-        Adapters count for methods that were trained with them; others share addresses with any wrapper of the base.
+        All trained weights count for methods that were trained; others share addresses with any wrapper of the base.
         """
         base = model.fingerprint
-        adapters = model.reader_digest if self.make().needs_training else ""
-        return digest("text", base.model, base.tokenizer, adapters, self.model_dump_json(), text)
+        # encoder and scorer make the memory too, not only what reads it
+        compressor = model.legacy_fingerprint.model if self.make().needs_training else ""
+        return digest("text", base.model, base.tokenizer, compressor, self.model_dump_json(), text)
 
     @model_validator(mode="before")
     @classmethod

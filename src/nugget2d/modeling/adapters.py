@@ -1,20 +1,54 @@
-"""Adapters as peft keeps them: one folder each, which `peft.PeftModel.from_pretrained` puts on the base too.
+"""Adapters as peft keeps them: those of a compressor, one folder each, and those of others, which must be merged first.
 
-encoder/, decoder/     adapter_config.json and adapter_model.safetensors
+encoder/, decoder/     adapter_config.json and adapter_model.safetensors; `peft.PeftModel.from_pretrained` reads them
 """
 
 from collections.abc import Mapping
 from copy import copy
 from pathlib import Path
 
-from peft import PeftConfig, TaskType
+from peft import PeftConfig, PeftModel, TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME as ADAPTER_FILE
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+
+from nugget2d.errors import ModelError
 
 HALVES = ("lora_A", "lora_B")
 # how peft calls the LM inside a PeftModel
 _PEFT = "base_model.model."
+
+_REMEDY = (
+    "merge it with its base and use the result: "
+    'PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained("merged"), the tokenizer beside it'
+)
+
+
+def adapter_error(name: str | Path) -> ModelError:
+    """What refuses a folder or repository that holds an adapter of others: transformers would load its base."""
+    return ModelError(f"{str(name)!r} is a peft adapter ({ADAPTER_FILE}), not a whole model; {_REMEDY}")
+
+
+def refuse_adapted(lm: nn.Module) -> None:
+    """Refuse an LM that carries adapters already: which roles would compute with them is anyone's guess.
+
+    Raises:
+        ModelError: it does; the message names the remedy.
+    """
+    if isinstance(lm, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in lm.modules()):
+        raise ModelError(f"this {type(lm).__name__} carries a peft adapter; {_REMEDY}")
+
+
+def is_adapter(name: str, adapter: str = "") -> bool:
+    """Whether an LM's weight of that name belongs to an adapter, or to the one called `adapter`."""
+    return any(f".{half}.{adapter}" in name for half in HALVES)
+
+
+def base_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of an LM, out of its `state`, under the names that they have without adapters."""
+    return {name.replace(".base_layer.", "."): weight for name, weight in state.items() if not is_adapter(name)}
 
 
 def write_adapters(

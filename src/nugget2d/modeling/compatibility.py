@@ -10,17 +10,19 @@ from transformers import Cache, PreTrainedModel
 
 from nugget2d.config import NuggetConfig
 from nugget2d.errors import ModelError
+from nugget2d.modeling.adapters import refuse_adapted
 
 _LENGTH_DEPENDENT = {"dynamic", "longrope"}
 
 
 def check_supported(lm: PreTrainedModel, config: NuggetConfig) -> None:
-    """Refuse a model whose cache could not be cut down to chosen tokens.
+    """Refuse a model whose cache could not be cut down to chosen tokens, or that carries adapters of others.
 
     Raises:
-        ModelError: not a decoder-only LM; state-space layers, or others that mix tokens; sliding windows or a table of
-            positions too short for `config`; rotary frequencies that depend on the length of the input.
+        ModelError: adapters; not a decoder-only LM; state-space layers, or others that mix tokens; sliding windows or a
+            table of positions too short for `config`; rotary frequencies that depend on the length of the input.
     """
+    refuse_adapted(lm)
     name = type(lm).__name__
     text = lm.config.get_text_config(decoder=True)
     if lm.config.is_encoder_decoder or not lm.can_generate():

@@ -1,31 +1,73 @@
-"""A digest that tells which model a memory belongs to."""
+"""Digests that tell which model a memory belongs to."""
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nugget2d.memory.memory import Fingerprint
+from nugget2d.errors import ModelError
+from nugget2d.memory.fingerprint import Fingerprint
 
-# Enough numbers of every tensor to tell any two trainings apart, few enough for a 70B model in seconds.
+# Of scheme 1: numbers of every tensor that are looked at.
 _SAMPLES = 1024
 
 
-def fingerprint(name: str, state: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
-    """Digest of the names, shapes and a fixed sample of all weights (as bfloat16), and of the tokenizer.
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """Hexadecimal digest of names, shapes and every number, rounded to bfloat16: float32 and bfloat16 loads agree.
 
-    Rounding to bfloat16 makes a checkpoint loaded in float32 or bfloat16 the same model.
+    Raises:
+        ModelError: some weights are not in memory.
     """
-    weights = hashlib.sha256()
-    for key, tensor in sorted(state.items()):
-        if type(tensor).dequantize is not Tensor.dequantize:
-            tensor = tensor.dequantize()  # packed weights of a quantization library, which cannot be sliced
-        flat = tensor.detach().flatten()
+    digest = hashlib.sha256()
+    known: dict[tuple[object, ...], bytes] = {}  # tied weights are read once
+    for name, tensor in sorted(state.items()):
+        if tensor.is_meta:
+            raise ModelError(f"weights {name!r} are offloaded and cannot be read; choose a device_map that keeps them")
+        plain = _unpacked(tensor).detach()
+        # the address of unpacked weights is free again after each turn
+        key = (tensor.data_ptr(), plain.dtype, plain.shape, plain.stride()) if _is_plain(tensor) else (name,)
+        if key not in known:
+            known[key] = hashlib.sha256(_bytes(plain)).digest()
+        digest.update(f"{name}{tuple(plain.shape)}".encode() + known[key])
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hexadecimal digest of everything that a tokenizer does to a text."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def sampled_digest(state: Mapping[str, Tensor]) -> str:
+    """Hexadecimal digest of names, shapes and a fixed sample of every tensor, rounded to bfloat16."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        plain = _unpacked(tensor).detach()
+        flat = plain.flatten()
         step = max(1, flat.numel() // _SAMPLES)
-        sample = flat[::step].to(torch.bfloat16).cpu().contiguous()
-        weights.update(f"{key}{tuple(tensor.shape)}".encode())
-        weights.update(sample.view(torch.uint8).numpy().tobytes())
-    words = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    return Fingerprint(name, weights.hexdigest(), words.hexdigest())
+        digest.update(f"{name}{tuple(plain.shape)}".encode())
+        digest.update(_bytes(flat[::step].to(torch.bfloat16)))
+    return digest.hexdigest()
+
+
+def legacy_fingerprint(name: str, state: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
+    """Scheme 1: a sample of all weights of a compressor and its base."""
+    return Fingerprint(name, sampled_digest(state), tokenizer_digest(tokenizer))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor).dequantize is Tensor.dequantize
+
+
+def _unpacked(tensor: Tensor) -> Tensor:
+    """Packed weights of a quantization library, which cannot be sliced, as numbers."""
+    return tensor if _is_plain(tensor) else tensor.dequantize()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """What hashlib reads: an array of bytes, of floats as bfloat16."""
+    if tensor.is_floating_point():
+        tensor = tensor.to(torch.bfloat16)
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()

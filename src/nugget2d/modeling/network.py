@@ -6,7 +6,7 @@ rows, n tokens, K nuggets, d hidden size.
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, cast
 
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from nugget2d.config import NuggetConfig, SelectionName
-from nugget2d.errors import InputError, MismatchError
+from nugget2d.errors import InputError, MismatchError, ModelError
 from nugget2d.memory.memory import Fingerprint, Memory
+from nugget2d.modeling.adapters import base_weights, is_adapter
 from nugget2d.modeling.cache import AllCollected, CollectingCache, Nuggets, cached_states, gather_nuggets, reading_mask
 from nugget2d.modeling.compatibility import as_cache, check_supported, position_table, sliding_window
-from nugget2d.modeling.digest import fingerprint
+from nugget2d.modeling.digest import legacy_fingerprint, tokenizer_digest, weights_digest
+from nugget2d.modeling.digest_cache import LoadedWeights, cached_weights_digest
 from nugget2d.modeling.hooks import find_layers, hidden_after
 from nugget2d.modeling.parameters import Role, make_parameters
 from nugget2d.modeling.rotation import KeyRotation
@@ -45,7 +47,19 @@ class Encoded:
 
 
 class Network(nn.Module):
-    """A causal LM with an encoder, a decoder, a scorer and soft prompts."""
+    """A causal LM with an encoder, a decoder, a scorer and soft prompts, or a plain LM with none of them.
+
+    Attributes:
+        config: what it was made with.
+        tokenizer: of the LM.
+        parameters_by_role: the LM in its roles.
+        scorer: scores tokens; a plain LM has none.
+        prompts: the soft prompts by name; a plain LM has none.
+        flag: (d,) added to the embeddings of chosen tokens, or None.
+        loaded_weights: which files the LM was loaded from, if the digest of its weights may be cached.
+    """
+
+    scorer: Scorer
 
     def __init__(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: NuggetConfig) -> None:
         """Wrap `lm`; it is changed in place (adapters are injected, or it becomes the decoder).
@@ -58,14 +72,32 @@ class Network(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.parameters_by_role = make_parameters(lm, config)
-        device = self._embeddings.weight.device
-        self.scorer = Scorer(lm.config.hidden_size).to(device)
+        self.loaded_weights: LoadedWeights | None = None
+        start = self._average_token() if self.has_compressor else None
+        if start is not None:
+            self.scorer = Scorer(lm.config.hidden_size).to(start.device)
         # A soft prompt starts like an average token; the flag at zero, so that it disturbs nothing until trained.
-        with torch.no_grad():  # what the module gives, not its weight: some models scale their embeddings
-            start = self.embed(torch.arange(self._embeddings.num_embeddings, device=device)).float().mean(0)
-        self.prompts = nn.ParameterDict({name: start.clone() for name in ("reconstruct", "continue")})
-        self.flag = nn.Parameter(torch.zeros_like(start)) if config.flag else None
+        prompts = {} if start is None else {name: start.clone() for name in ("reconstruct", "continue")}
+        self.prompts = nn.ParameterDict(prompts)
+        self.flag = None if start is None or not config.flag else nn.Parameter(torch.zeros_like(start))
         self.eval()
+
+    @property
+    def has_compressor(self) -> bool:
+        """False for a plain LM, which has no scorer, no soft prompts and one role."""
+        return self.config.adapters != "none"
+
+    def require_compressor(self) -> None:
+        """Check that there is a compressor.
+
+        Raises:
+            ModelError: this is a plain LM.
+        """
+        if not self.has_compressor:
+            raise ModelError(
+                f"the LM {self.config.name!r} has no trained compressor; use a training-free method, or train one "
+                "with `nugget2d train` (`nugget2d methods` lists all)"
+            )
 
     @property
     def lm(self) -> PreTrainedModel:
@@ -76,6 +108,12 @@ class Network(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.lm.device
+
+    @torch.no_grad()
+    def _average_token(self) -> Tensor:
+        """(d,) mean input embedding, float32: what the module gives, for some models scale their embeddings."""
+        ids = torch.arange(self._embeddings.num_embeddings, device=self._embeddings.weight.device)
+        return self.embed(ids).float().mean(0)
 
     @property
     def _embeddings(self) -> nn.Embedding:
@@ -96,7 +134,12 @@ class Network(nn.Module):
             return hidden_after(self.parameters_by_role.body, find_layers(lm), self.config.scorer_layer, ids)
 
     def token_scores(self, ids: Tensor) -> Tensor:
-        """(B, n) ids -> (B, n) scores, float32; gradient reaches the scorer, not the base."""
+        """(B, n) ids -> (B, n) scores, float32; gradient reaches the scorer, not the base.
+
+        Raises:
+            ModelError: a plain LM has no scorer.
+        """
+        self.require_compressor()
         return self.scorer(self.token_features(ids))
 
     def encode(
@@ -121,7 +164,9 @@ class Network(nn.Module):
 
         Raises:
             InputError: more tokens than the model has positions for (`require_positions`).
+            ModelError: a plain LM has no encoder.
         """
+        self.require_compressor()
         self.require_positions(ids.shape[1], slots=ids.shape[1])
         selection = selection or self.config.selection
         if scores is None and selection in SCORED:
@@ -216,7 +261,12 @@ class Network(nn.Module):
             ).logits
 
     def prompt(self, name: PromptName, batch: int) -> Tensor:
-        """(batch, 1, d) copies of a soft prompt."""
+        """(batch, 1, d) copies of a soft prompt.
+
+        Raises:
+            ModelError: a plain LM has none.
+        """
+        self.require_compressor()
         return self.prompts[name].expand(batch, 1, -1)
 
     def text(self, ids: Sequence[int]) -> str:
@@ -271,37 +321,58 @@ class Network(nn.Module):
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """Digest of weights and tokenizer, computed once: make a new object after changing weights."""
-        return fingerprint(self.config.name, self.state_dict(), self.tokenizer)
+        """Digests of the base LM's weights and of the tokenizer, computed once: make a new object after changes.
 
-    has_compressor = True
+        Raises:
+            ModelError: weights are offloaded.
+        """
+        weights = base_weights(self.lm.state_dict(keep_vars=True))
+        digest = cached_weights_digest(weights, self.loaded_weights)
+        return Fingerprint(self.config.name, digest, tokenizer_digest(self.tokenizer), scheme=2)
+
+    @cached_property
+    def reader_digest(self) -> str:
+        """Digest of what reading nuggets needs besides the base: decoder adapter and soft prompts; "" of a plain LM."""
+        if not self.has_compressor:
+            return ""
+        adapter = {name: weight for name, weight in self.lm.state_dict().items() if is_adapter(name, "decoder")}
+        return weights_digest(adapter | {f"prompts.{name}": prompt for name, prompt in self.prompts.items()})
+
+    @cached_property
+    def legacy_fingerprint(self) -> Fingerprint:
+        """Scheme 1, by which memories of version 0.1 go: tells one compressor from another, also on the same base."""
+        return legacy_fingerprint(self.config.name, self.state_dict(), self.tokenizer)
+
+    def recognizes(self, fingerprint: Fingerprint) -> bool:
+        """Whether `fingerprint` is of this base and tokenizer; of scheme 1, of this very compressor."""
+        own = self.legacy_fingerprint if fingerprint.scheme == 1 else self.fingerprint
+        return replace(own, name="") == replace(fingerprint, name="")
+
+    def require(self, memory: Memory) -> None:
+        """Check that this model can read `memory`.
+
+        Raises:
+            MismatchError: another base or tokenizer made it, or its reader needs other adapters.
+        """
+        made_by = memory.fingerprint
+        if not self.recognizes(made_by):
+            raise MismatchError(
+                f"this memory was made by model {made_by.name!r} ({made_by.model[:12]}) and cannot be read by "
+                f"{self.config.name!r}; load that model, or compress the text again"
+            )
+        adapters = memory.reader.adapters
+        if adapters is not None and adapters != self.reader_digest:
+            raise MismatchError(
+                f"this memory was made for the adapters of {made_by.name!r}, which {self.config.name!r} does not have; "
+                "load that model, or compress the text again"
+            )
 
     @cached_property
     def kv_shape(self) -> list[tuple[int, int]]:
         """Key-value heads and head_dim of each layer, looked up in what one token leaves in a cache."""
-        keys = cached_states(self.encoder_states(self.embed(torch.zeros(1, 1, dtype=torch.long, device=self.device))))[
-            0
-        ]
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        keys, _ = cached_states(self.encoder_states(self.embed(token)))
         return [(layer.shape[1], layer.shape[3]) for layer in keys]
-
-    def recognizes(self, fingerprint: Fingerprint) -> bool:
-        """Whether this is the model, or its base, of that fingerprint."""
-        return (fingerprint.model, fingerprint.tokenizer) == (self.fingerprint.model, self.fingerprint.tokenizer)
-
-    @property
-    def reader_digest(self) -> str:
-        return ""
-
-    def require(self, memory: Memory) -> None:
-        if (memory.fingerprint.model, memory.fingerprint.tokenizer) != (
-            self.fingerprint.model,
-            self.fingerprint.tokenizer,
-        ):
-            mine, theirs = memory.fingerprint, self.fingerprint
-            raise MismatchError(
-                f"this memory was made by model {mine.name!r} ({mine.model[:12]}) and cannot be read by "
-                f"{theirs.name!r} ({theirs.model[:12]}); load that model, or compress the text again"
-            )
 
     @cached_property
     def rotation(self) -> KeyRotation:

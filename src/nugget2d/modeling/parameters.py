@@ -1,7 +1,8 @@
 """The two parameter sets, encoder and decoder, on top of one base LM, switched by role.
 
 `LoraParameters`: two low-rank adapters on a frozen base (Nugget2D, section 3). `CopiedParameters`: the base itself is
-the decoder and a full copy of its layers is the encoder; token embeddings are shared. No model code is patched.
+the decoder and a full copy of its layers is the encoder; token embeddings are shared. `PlainParameters`: a plain LM,
+the same in every role. No model code is patched.
 """
 
 import copy
@@ -101,6 +102,29 @@ class Parameters(nn.Module, ABC):
         return cast(PreTrainedModel, self.lm.base_model)
 
 
+class PlainParameters(Parameters):
+    """A plain LM: encoder and decoder are the base."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        """Freeze `lm`."""
+        super().__init__()
+        self.lm = lm
+        lm.requires_grad_(False)
+
+    @contextmanager
+    def _switched(self, role: Role) -> Iterator[PreTrainedModel]:
+        """Nothing has to be switched."""
+        yield self.body if role == "encoder" else self.lm
+
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        """None."""
+        return []
+
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        """None."""
+        return []
+
+
 class CopiedParameters(Parameters):
     """Two full sets of layers; the decoder set doubles as the base."""
 
@@ -195,4 +219,6 @@ def attention_projections(lm: PreTrainedModel) -> tuple[str, ...]:
 
 def make_parameters(lm: PreTrainedModel, config: NuggetConfig) -> Parameters:
     """The parameter sets that `config.adapters` asks for."""
+    if config.adapters == "none":
+        return PlainParameters(lm)
     return CopiedParameters(lm) if config.adapters == "copies" else LoraParameters(lm, config)

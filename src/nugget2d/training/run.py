@@ -11,7 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from nugget2d.baselines.part import PartMemory
 from nugget2d.baselines.pooled import PooledMemory
 from nugget2d.baselines.slots import SlotMemory
-from nugget2d.checkpoints import pretrained
+from nugget2d.checkpoints.base import load_base
+from nugget2d.checkpoints.layout import TOKENIZER_FOLDER
+from nugget2d.checkpoints.load import load
+from nugget2d.checkpoints.resolve import find_compressor
+from nugget2d.checkpoints.save import save
 from nugget2d.config import MemoryKind
 from nugget2d.errors import RecipeError
 from nugget2d.model import Nugget2D
@@ -63,7 +67,7 @@ def train(recipe_path: Path, *, out: Path | None = None, fresh: bool = False) ->
             if processes.first:
                 last = (folder / "compress" / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1]
                 figures = json.loads(last)["held_out"]
-                pretrained.save(model, folder / "model", torch.bfloat16, figures=figures, state=state)
+                save(model, folder / "model", torch.bfloat16, figures=figures, state=state)
         processes.wait()
     return folder
 
@@ -131,7 +135,10 @@ def prepare_pack(recipe: Recipe, home: Path, pack: Path) -> PreTrainedTokenizerB
     """Make (or reuse) the data pack of a recipe whose paths are relative to `home`; returns its tokenizer."""
     stage = recipe.compress
     if stage is not None and stage.init is not None:
-        place: str | None = str(pretrained.resolve(_local(stage.init, home)) / pretrained.TOKENIZER_FOLDER)
+        init = _local(stage.init, home)
+        if (compressor := find_compressor(init)) is None:
+            raise RecipeError(f"`init: {init}` is a plain language model; give a compressor, or write it as `base`")
+        place: str | None = str(compressor / TOKENIZER_FOLDER)
     else:
         place = _base(recipe, home)
     return make_pack(pack, recipe.data, home, recipe.tokenizer, place)
@@ -159,7 +166,7 @@ def _language_model(
 ) -> PreTrainedModel:
     device = processes.device.type
     if base is not None:
-        lm, _ = pretrained.load_base(base)
+        lm = load_base(base).lm
     elif recipe.model is not None:
         lm = make_lm(recipe.model, tokenizer)
         nn.Module.to(lm, processes.device)
@@ -181,7 +188,7 @@ def _language_model(
     if isinstance(spread, Replicas):
         return lm
     # sharded layers cannot be copied
-    again, _ = pretrained.load_base(folder / "base")
+    again = load_base(folder / "base").lm
     nn.Module.to(again, processes.device)
     again.set_attn_implementation(lm.config._attn_implementation)
     return again
@@ -189,7 +196,7 @@ def _language_model(
 
 def _trained(init: str, name: str, stage: CompressStage, text: Pack, device: torch.device) -> Nugget2D:
     """The compressor to go on from, set to what it will have been trained on."""
-    model = pretrained.load(MEMORIES[stage.memory], init).to(device)
+    model = load(MEMORIES[stage.memory], init).to(device)
     if stage.grow:
         model = grow(model, text)
     if model.config.adapters == "lora" and stage.trains_lm:

@@ -94,7 +94,7 @@ def run_lm(
         if one is not None:
             for budget in settings.budgets:
                 budget.check(one.config.window, one.config.context)
-    if pooled is not None and pooled.fingerprint.tokenizer != settings.tokenizer:
+    if pooled is not None and pooled.legacy_fingerprint.tokenizer != settings.tokenizer:
         raise InputError(f"{pooled.config.name!r} has another tokenizer: perplexities per token could not be compared")
     make_folder(folder)
     path = folder / REPORT_FILE
@@ -104,7 +104,7 @@ def run_lm(
         for name, texts in corpora.items()
     }
     cells = {_place(cell): cell for cell in report["cells"]} if report else {}
-    weights_of = {COMPRESSIVE: pooled.fingerprint.model} if pooled is not None else {}
+    weights_of = {COMPRESSIVE: pooled.legacy_fingerprint.model} if pooled is not None else {}
     wanted = [
         (name, budget.states, method, reader, weights_of.get(method, settings.weights))
         for name in corpora

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from nugget2d.config import SelectionName
-from nugget2d.errors import InputError, ModelError
+from nugget2d.errors import InputError
 from nugget2d.memory.exact import ExactRecord
 from nugget2d.memory.memory import Memory
 from nugget2d.memory.states import row_nbytes
@@ -114,11 +114,7 @@ class NuggetMethod(KVMethod):
     # ---- how ----
 
     def _for(self, model: Network) -> "NuggetMethod":
-        if not model.has_compressor:
-            raise ModelError(
-                f"{model.config.name!r} has no trained compressor, which method 'nugget2d' needs; use a training-free "
-                "method (`nugget2d methods` lists them), or train a compressor for it"
-            )
+        model.require_compressor()
         return self.bound(model)
 
     def _counts(self, model: Network, document: Sequence[TextSegment], budget: Budget | None) -> list[int]:

@@ -1,0 +1,80 @@
+"""Loading a causal LM as it is: from a folder, the hub or a GGUF file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from nugget2d.checkpoints.gguf import converted, is_gguf
+from nugget2d.checkpoints.layout import CONFIG_FILE, HUB_FILE, is_quantized
+from nugget2d.checkpoints.resolve import bundled_models, hub_file
+from nugget2d.errors import ModelError
+from nugget2d.modeling.adapters import ADAPTER_FILE, adapter_error
+from nugget2d.modeling.digest_cache import LoadedWeights, tensor_versions, weight_files
+
+DeviceMap = str | dict[str, int | str | torch.device]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A causal LM, its tokenizer, and which files it came from, if those are known and its weights are theirs."""
+
+    lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    loaded: LoadedWeights | None
+
+
+def load_base(
+    place: Path | str,
+    tokenizer_folder: Path | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    device_map: DeviceMap | None = None,
+    quantization_config: QuantizationConfigMixin | None = None,
+) -> Base:
+    """A causal LM from a folder, hub id or .gguf file, and its tokenizer from there or its own folder.
+
+    It is on the CPU, unless a device map or its quantization puts it elsewhere. For the options see
+    `Nugget2D.from_pretrained`.
+
+    Raises:
+        ModelError: it cannot be loaded, or it is a peft adapter, or a library that it needs is not installed.
+        OutputError: a .gguf file, and the cache folder cannot be written.
+    """
+    if str(place) in bundled_models() or Path(place, CONFIG_FILE).is_file():
+        raise ModelError(f"{str(place)!r} is a compressor, not a base model; load it with Nugget2D.from_pretrained")
+    source = str(converted(Path(place)) if is_gguf(place) else place)
+    hub: dict[str, Any] = {"revision": revision, "token": token}
+    is_folder = Path(source).exists()
+    adapter = Path(source, ADAPTER_FILE).is_file() if is_folder else hub_file(source, ADAPTER_FILE, **hub) is not None
+    if adapter:
+        raise adapter_error(place)
+    # looked at before it is read: what changes meanwhile must not pass for what was loaded
+    files = weight_files(Path(source)) if is_folder else ()
+    options = {"device_map": device_map, "quantization_config": quantization_config}
+    hub["trust_remote_code"] = False  # None would ask on standard input
+    try:
+        auto = cast(Any, AutoModelForCausalLM)
+        given = {name: value for name, value in options.items() if value is not None}
+        lm, report = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **hub, **given)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder or source, **hub)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ModelError(f"cannot load base model {str(place)!r}: {error}") from error
+    if report["missing_keys"]:
+        # transformers would go on with random weights
+        missing = sorted(report["missing_keys"])[:3]
+        raise ModelError(f"base model {str(place)!r} is incomplete: no weights for {missing}")
+    if not is_folder:
+        config = try_to_load_from_cache(source, HUB_FILE, revision=revision)
+        source = str(Path(config).parent) if isinstance(config, str) else ""
+        files = weight_files(Path(source)) if source else ()
+    lm.config.name_or_path = str(place)
+    loaded = LoadedWeights(str(Path(source).absolute()), files, tensor_versions(lm.state_dict(keep_vars=True)))
+    return Base(lm, tokenizer, loaded if files and not is_quantized(lm) else None)

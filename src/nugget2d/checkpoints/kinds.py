@@ -1,0 +1,26 @@
+"""Which class a checkpoint comes back as: by what it was trained to read."""
+
+from importlib import import_module
+from typing import cast
+
+from nugget2d.config import MemoryKind
+from nugget2d.errors import ModelError
+from nugget2d.modeling.network import Network
+
+# "module:Class", imported when asked for: these modules build on this one
+CLASSES: dict[MemoryKind, str] = {
+    "nuggets": "nugget2d.model:Nugget2D",
+    "pooled": "nugget2d.baselines.pooled:PooledMemory",
+}
+
+
+def class_of(kind: MemoryKind) -> type[Network]:
+    """The class for checkpoints trained on memories of `kind`.
+
+    Raises:
+        ModelError: no checkpoint of that kind can be saved, so none can be loaded.
+    """
+    if kind not in CLASSES:
+        raise ModelError(f"memories of kind {kind!r} cannot be loaded; those that can: {', '.join(CLASSES)}")
+    module, name = CLASSES[kind].split(":")
+    return cast(type[Network], getattr(import_module(module), name))
