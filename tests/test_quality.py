@@ -16,8 +16,8 @@ from nugget2d import Memory, Nugget2D
 from nugget2d.cli.app import app
 from nugget2d.errors import InputError, QualityWarning
 from nugget2d.methods.nugget.accuracy import _Search
-from nugget2d.methods.nugget.encoding import Draft, measure
-from nugget2d.text.segmentation import Piece, split
+from nugget2d.methods.nugget.encoding import SegmentResult, measure
+from nugget2d.text.segmentation import TextSegment, split
 
 DOCUMENT = (resources.files("nugget2d") / "cli" / "demo.txt").read_text(encoding="utf-8")
 # what a model of English has hardly seen, after its own language
@@ -52,7 +52,7 @@ def remeasured(model: Nugget2D, text: str, memory: Memory) -> list[float]:
             memory, keys=tuple(map(own, memory.keys)), values=tuple(map(own, memory.values)), segments=(segment,)
         )
         with torch.no_grad():
-            accuracies.append(measure(model, [Draft(piece, alone, {})])[0].accuracy)
+            accuracies.append(measure(model, [SegmentResult(piece, alone, {})])[0].accuracy)
     return accuracies
 
 
@@ -78,17 +78,17 @@ def test_neither_means_a_ratio_of_20(llama: Nugget2D) -> None:
 # ---- the search ----
 
 
-def found(length: int, needed: int) -> tuple[Draft, list[int]]:
+def found(length: int, needed: int) -> tuple[SegmentResult, list[int]]:
     """The search over a segment that needs `needed` nuggets, and the counts that it tried."""
     text = "x" * length
     model = tiny.trained("llama", "copies")
     memory = model.compress("x", ratio=1)
-    search = _Search(Piece(text, 0, list(range(length)), []))
+    search = _Search(TextSegment(text, 0, list(range(length)), []))
     tried = []
     while (count := search.next) is not None:
         tried.append(count)
         segment = replace(memory.segments[0], num_nuggets=count, accuracy=min(1.0, count / needed))
-        search.learn(Draft(search.piece, replace(memory, segments=(segment,)), {}), 1.0)
+        search.learn(SegmentResult(search.segment, replace(memory, segments=(segment,)), {}), 1.0)
     return search.result, tried
 
 
