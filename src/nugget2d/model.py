@@ -57,7 +57,7 @@ class Nugget2D(Network):
         if model.config.memory != cls.memory_kind:
             raise ModelError(
                 f"{str(name)!r} was trained on memories of kind {model.config.memory!r}, {cls.__name__} makes "
-                f"{cls.memory_kind!r}; load it with the class for them (nugget2d.baselines)"
+                f"{cls.memory_kind!r}; load it with the class for them (nugget2d.pooled.PooledMemory)"
             )
         return model if quantization_config is not None else model.to(device)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from nugget2d.config import Adapters, Frozen, MemoryKind, SelectionName
 from nugget2d.errors import RecipeError
@@ -100,11 +100,9 @@ class PretrainStage(Stage):
 
 
 Objective = Literal["reconstruct", "uniform", "continue", "distill", "stream", "lm"]
-# baselines but these live in one process, for studies
-SAVED: tuple[MemoryKind, ...] = ("nuggets", "pooled")
 FROZEN = "a frozen base cannot learn plain LM: leave `lm` out of the objectives, or use copies"
-# of a compressor to go on from, these are settled
-SETTLED = ("base", "adapters", "lora_rank", "scorer_layer", "flag", "addressing")
+# a compressor that is trained further has settled these
+SETTLED = ("base", "adapters", "lora_rank", "scorer_layer", "flag")
 
 
 class Phase(Frozen):
@@ -179,26 +177,34 @@ class StreamConfig(Frozen):
         return 1 + max(self.layout(tau, chunk).length for tau in self.tau for chunk in self.chunk)
 
 
+class PluginSpec(Frozen):
+    """A plugin (plugins.py): the class by its import path, "package.module:Class"; all other keys are its options."""
+
+    model_config = ConfigDict(extra="allow")
+
+    use: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the class is made with."""
+        return dict(self.model_extra or {})
+
+
 class CompressStage(Stage):
     """The compressor: autoencoding, continuation and plain LM, mixed; ratios and lengths sampled.
 
     Attributes:
         base: folder or hub id of the LM; None takes the recipe's own, pre-trained or from scratch.
-        init: a trained compressor to go on from (bundled name, folder or hub id); it brings LM, tokenizer and all that
-            `SETTLED` names.
-        memory: what a text becomes: nuggets, or a baseline (see nugget2d.baselines); a compressor of nuggets can go on
-            as one of "pooled".
-        memory_layers: the layers, from 0, that memory "part" keeps.
+        init: a trained compressor to train further (bundled name, folder or hub id); it brings LM, tokenizer and all
+            that `SETTLED` names.
+        memory: what a text becomes: nuggets, or the baseline "pooled" (nugget2d.pooled), which a compressor of nuggets
+            can be trained further as.
         flag: add a learned vector to the input embedding of nuggets.
         phases: what is trained when; the first starts at 0.
         mixed_ratios: every row of a micro-batch draws its own ratio (not for streams); else a step draws one for all.
         target: tokens to predict in continuation.
         streams: what objective "stream" reads.
-        readout: weight of the slot read-out loss (readout.py); 0 turns it off.
-        addressing: start with attention biases that address slots by distance (addressing.py).
-        grow: of a trained compressor, one more layer that looks tokens up (growth.py).
-        lookup: weight of the losses that teach it to (lookup.py), at first: it falls to a fifth; 0 turns them off.
-        voice_from: from which part of the run on nuggets learn to say what whole tokens say, which first find out what.
+        plugins: additions to the model or its losses, in order (plugins.py).
         checkpoint_activations: run each layer again in the backward pass instead of keeping what it computed.
         offload_activations: keep what the backward pass needs in the host's memory.
     """
@@ -210,18 +216,13 @@ class CompressStage(Stage):
     scorer_layer: int = Field(default=1, ge=0)
     selection: SelectionName = "even"
     memory: MemoryKind = "nuggets"
-    memory_layers: tuple[int, ...] = ()
     flag: bool = True
     phases: tuple[Phase, ...] = Field(min_length=1)
     ratios: RatioConfig = RatioConfig()
     mixed_ratios: bool = False
     target: int = Field(default=64, ge=1)
     streams: StreamConfig = StreamConfig()
-    readout: float = Field(default=0.0, ge=0)
-    addressing: bool = False
-    grow: bool = False
-    lookup: float = Field(default=0.0, ge=0)
-    voice_from: float = Field(default=0.6, ge=0, le=1)
+    plugins: tuple[PluginSpec, ...] = ()
     checkpoint_activations: bool = False
     offload_activations: bool = False
 
@@ -230,14 +231,8 @@ class CompressStage(Stage):
         starts = [phase.start for phase in self.phases]
         if starts[0] or starts != sorted(set(starts)):
             raise ValueError(f"`phases` must begin with `from: 0` and go up, got {starts}")
-        if bool(self.memory_layers) != (self.memory == "part"):
-            raise ValueError("give `memory_layers`, the layers to keep, with `memory: part` and with nothing else")
         if self.init is not None and (given := [key for key in SETTLED if key in self.model_fields_set]):
             raise ValueError(f"`init` brings its own {', '.join(given)}: remove {'it' if len(given) == 1 else 'them'}")
-        if self.init is not None and self.memory not in SAVED:
-            raise ValueError(f"`init` cannot go on as `memory: {self.memory}`, only as one of {', '.join(SAVED)}")
-        if self.grow and self.init is None:
-            raise ValueError("`grow` goes on from a trained compressor: give `init`")
         if self.mixed_ratios and self.trains_streams:
             raise ValueError("`stream` reads rows of one ratio: leave it out of the objectives, or `mixed_ratios`")
         if self.init is None and self.adapters == "lora" and self.trains_lm:
