@@ -200,7 +200,7 @@ def _fit_decoder(
         rows[: len(own), -1], rows[len(own) :, -1] = of_tokens, of_heads
         fitted = [_ridge(states, rows + F.pad(one, (0, 0, 0, len(rows) - len(one)))) for one in wanted]
         _set_heads(projection, [one[:-1].T for one in fitted], [one[-1] for one in fitted])
-    # the output projection of the next layer, which reads the same codes, but for one factor that makes a match worth `GAIN`
+    # the next layer's output projection, which reads the same codes, by a factor that makes a match worth `GAIN`
     old = layout.decoder[PLACE].self_attn.o_proj.weight
     tables = torch.stack([code.table[own] for code in codes]).to(old.dtype)
     written = layout.written(PLACE, tables).mean(0) * final.weight  # (tokens, d)

@@ -1,4 +1,4 @@
-"""The induction-head loss: teaches a layer without positions to find where the current token occurred, and what followed.
+"""The induction-head loss: teaches a layer without positions to find earlier occurrences of the current token.
 
 An induction head (arXiv 2209.11895): the query encodes the token that is read, the key of an uncompressed token the one
 BEFORE it. A nugget stands for several tokens, so its heads share them out: the key of head h encodes the token h + 1

@@ -1,9 +1,10 @@
 """Relative-offset initialisation: attention heads that read at fixed distances from the first step on.
 
-Every head of every layer is to carry the token at one distance before a nugget (nugget2d.modeling.readout). With a bias b(0) on all keys and b(o) on a query, where b(o) holds amplitude * (cos, sin)(o * frequency), the rotary
-embedding makes the attention logit a function of distance alone that peaks at o, whatever the tokens are. In the
-encoder, the query of a NUGGET moves from b(0) (its own token) to the distance of its head along the direction of the
-nugget flag; the decoder's queries peak at the distance of theirs from the start. Everything stays trainable.
+Every head of every layer is to carry the token at one distance before a nugget (nugget2d.modeling.readout). With a bias
+b(0) on all keys and b(o) on a query, where b(o) holds amplitude * (cos, sin)(o * frequency), the rotary embedding makes
+the attention logit a function of distance alone that peaks at o, whatever the tokens are. In the encoder, the query of
+a NUGGET moves from b(0) (its own token) to the distance of its head along the direction of the nugget flag; the
+decoder's queries peak at the distance of theirs from the start. Everything stays trainable.
 """
 
 import torch
@@ -21,7 +22,7 @@ from nugget2d.training.recipe import CompressStage
 
 PEAK = 40.0  # logit at the distance of a head
 FLAG_SCALE = 2.0  # norm of the flag, in norms of an average embedding
-GROWTH = 3.0  # factor from each encoder layer's output projection to that of the next, so that what is already written is not lost
+GROWTH = 3.0  # output projections by encoder layer are scaled by 1, 3, 9 ...: what a layer adds to has grown as much
 
 
 class RelativeOffsets(Plugin):

@@ -1,7 +1,7 @@
 r"""How much better than even spacing could ANY choice of nuggets be? A search with hindsight, window by window.
 
-    python benchmarks/selection_bound.py --data ../shared/data/lm/enwiki2015.val.jsonl.xz \
-        --out benchmarks/results/selection-bound.json
+    python -m research.selection_bound --data ../shared/data/lm/enwiki2015.val.jsonl.xz \
+        --out research/results/selection-bound.json
 
 From even spacing on, each round tries to move every nugget by up to `--reach` tokens and keeps, in every window, the
 one move that lowers that very window's reconstruction loss most. A scorer cannot know the loss beforehand: what the
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def search(model: Nugget2D, ids: Tensor, ratio: float, rounds: int, reach: int) -> list[dict[str, Any]]:
-    """Figures of (N, n) windows at even spacing (round 0) and after each round of the search."""
+    """Metrics of (N, n) windows at even spacing (round 0) and after each round of the search."""
     count = count_nuggets([ids.shape[1]], ratio)[0]
     chosen = even_ends(ids.shape[1], count).to(ids.device).repeat(len(ids), 1)
     results = []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tiny
 from nugget2d import Nugget2D
-from nugget2d.errors import ModelError, RecipeError
+from nugget2d.errors import RecipeError
 from nugget2d.streaming.layout import Layout
 from nugget2d.training import tasks
 from nugget2d.training.corpus import Pack, documents, make_pack
@@ -49,8 +49,8 @@ def small_recipe(folder: Path, **changes: object) -> Path:
         "compress": {
             "tokens": 10240, "batch_tokens": 256, "target": 16,
             "phases": [PHASE | {"selections": {"even": 1, "window": 1}}],
-            "ratios": {"start": [2, 4], "end": [1, 4]}, "readout": 0.5,
-            "addressing": True, "evaluate_every": 10, "evaluate_windows": 4, "optim": {"lr": 4e-3, "warmup_steps": 5},
+            "ratios": {"start": [2, 4], "end": [1, 4]}, "evaluate_every": 10, "evaluate_windows": 4,
+            "optim": {"lr": 4e-3, "warmup_steps": 5},
         },
     }  # fmt: skip
     path = folder / "tiny.yaml"
@@ -209,7 +209,7 @@ def test_a_compressor_on_a_base_of_ones_own(tmp_path: Path) -> None:
     content = yaml.safe_load(small_recipe(tmp_path).read_text())
     for key in ("tokenizer", "model", "pretrain"):
         del content[key]
-    content["compress"] |= {"base": "lm/base", "adapters": "lora", "lora_rank": 4, "readout": 0, "addressing": False}
+    content["compress"] |= {"base": "lm/base", "adapters": "lora", "lora_rank": 4}
     content["compress"]["phases"] = [{"objectives": {"reconstruct": 7, "continue": 3}, "windows": {32: 1}}]
     (tmp_path / "lora.yaml").write_text(yaml.safe_dump(content))
     folder = train(tmp_path / "lora.yaml")
@@ -262,21 +262,13 @@ def test_streams_are_as_they_will_be_read(tmp_path: Path, monkeypatch: pytest.Mo
     assert drawn == {(8, chunk, reach, count) for (chunk, _), count in counts.items() for reach in (1, 3)}
 
 
-def test_slots_need_two_copies(tmp_path: Path) -> None:
-    content = yaml.safe_load(small_recipe(tmp_path).read_text())
-    content["compress"]["phases"] = [{"objectives": {"reconstruct": 1}, "windows": {32: 1}}]
-    content["compress"]["adapters"] = "lora"
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(ModelError, match="adapters: copies"):
-        train(tmp_path / "tiny.yaml")
-
-
 def test_smoke_recipe_learns_to_copy(tmp_path: Path) -> None:
     folder = train(HOME / "smoke.yaml", out=tmp_path / "smoke")
-    curve = losses(folder / "compress" / "log.jsonl")
-    assert sum(curve[-10:]) < 0.7 * sum(curve[:10])
-    last = json.loads((folder / "compress" / "log.jsonl").read_text().splitlines()[-1])["held_out"]
-    assert last["accuracy_4x"] > 0.3
+    records = [json.loads(line) for line in (folder / "compress" / "log.jsonl").read_text().splitlines()]
+    curve = [record["loss_reconstruct"] for record in records if "loss_reconstruct" in record]
+    assert sum(curve[-10:]) < 0.5 * sum(curve[:10])
+    last = records[-1]["held_out"]
+    assert last["accuracy_4x"] > 0.9 and last["continue_10x"] < 0.7 * last["continue_none"]
     card = (folder / "model" / "README.md").read_text(encoding="utf-8")
     assert f"one nugget in 4, teacher-forced | {last['accuracy_4x']:.3f} |" in card
     assert Nugget2D.from_pretrained(folder / "model").config.name == "smoke"

@@ -51,7 +51,7 @@ class AppendedTokensMemory(UnsavedMemory):
         generator: torch.Generator | None = None,
         scores: Tensor | None = None,
     ) -> Encoded:
-        """See `Network.encode`; `selection` has no say, `index` are the tokens at whose positions memory tokens stand."""
+        """See `Network.encode`; `selection` is ignored, `index` are the positions of the memory tokens."""
         index, valid = select("even", ids, lengths, counts)
         count, length = index.shape[1], ids.shape[1]
         number = (valid.cumsum(1) - 1).clamp(min=0)  # memories are left-padded: a row's first one need not be column 0

@@ -1,6 +1,6 @@
 """Train the variants of a study under equal budgets, compare them on held-out windows; resumes what was interrupted.
 
-    python -m research.studies research/recipes/studies/selection.yaml --out runs/selection
+python -m research.studies research/recipes/studies/selection.yaml --out runs/selection
 """
 
 import argparse

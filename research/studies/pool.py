@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from research.studies.variant import last_records
 from research.studies.study import Variant
+from research.studies.variant import last_records
 
 # One thread: a second one beside other work waits more than it computes. The glibc settings keep large buffers from
 # going back to the system at every step (LOG.md).
@@ -33,7 +33,7 @@ class _Running:
 
 
 def run_variants(study: Path, out: Path, variants: Sequence[Variant], jobs: int) -> Iterator[tuple[Variant, int, Path]]:
-    """Run `variants` of the study file, `jobs` at a time; yields each that ended, its exit status and what it printed."""
+    """Run `variants` of the study file, `jobs` at a time; yields each that ended, its exit status and its output."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -74,4 +74,6 @@ def _start(study: Path, out: Path, variant: Variant, bar: Progress) -> _Running:
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with output.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-    return _Running(variant, process, output, bar.add_task(f"{variant.name}, seed {variant.seed}", total=variant.tokens))
+    return _Running(
+        variant, process, output, bar.add_task(f"{variant.name}, seed {variant.seed}", total=variant.tokens)
+    )

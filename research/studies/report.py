@@ -74,7 +74,9 @@ def _profile(runs: list[dict[str, Any]]) -> list[float]:
     return [round(mean(shares), 4) for shares in zip(*(run["metrics"][PROFILE] for run in runs), strict=False)]
 
 
-def _plot(picture: Path, title: str, variants: dict[str, list[dict[str, Any]]], summary: dict[str, dict[str, Any]]) -> None:
+def _plot(
+    picture: Path, title: str, variants: dict[str, list[dict[str, Any]]], summary: dict[str, dict[str, Any]]
+) -> None:
     """Left: accuracy at 20x, a bar for the mean and a dot for each seed. Right: the profile of each variant."""
     from matplotlib.figure import Figure
 

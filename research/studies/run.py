@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from nugget2d.errors import RecipeError
-from research.studies.variant import finished
+from nugget2d.training.run import prepare_pack
 from research.studies.pool import run_variants
 from research.studies.report import write_study
 from research.studies.study import load_study
-from nugget2d.training.run import prepare_pack
+from research.studies.variant import finished
 
 
 def run_study(path: Path, out: Path, jobs: int) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """One variant of a study with one seed, in a process of its own: train, measure, write `result.json`.
 
-    python -m research.studies.variant STUDY.yaml OUT VARIANT SEED
+python -m research.studies.variant STUDY.yaml OUT VARIANT SEED
 """
 
 import json
@@ -11,9 +11,9 @@ from typing import Any
 from nugget2d.errors import NuggetError, RecipeError
 from nugget2d.evaluation.held_out import held_out_figures
 from nugget2d.files import atomic_write
-from research.studies.study import Variant, load_study
 from nugget2d.training.corpus import Pack
 from nugget2d.training.run import fit_recipe
+from research.studies.study import Variant, load_study
 
 RATIOS = (4, 10, 20, 40)
 STAGES = ("pretrain", "compress")

@@ -21,7 +21,7 @@ class PooledMemory(Nugget2D):
     """k stretches of nearly equal length tile the text, each becomes one key and one value a layer.
 
     Keys are moved to the position of their stretch's last token before the mean, so that a pooled key has ONE position.
-    All tokens are pooled, so all get the flag (it then tells the encoder nothing, but initialisations that are built on it keep working).
+    All tokens are pooled, so all get the flag (it then tells the encoder nothing, but what is initialised by it works).
     """
 
     memory_kind: ClassVar[MemoryKind] = "pooled"

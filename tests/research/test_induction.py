@@ -1,4 +1,4 @@
-"""The layer that looks tokens up: how it is grown onto a trained compressor, and the loss that teaches it."""
+"""The layer of induction heads: how it is inserted into a trained compressor, and the losses that teach it."""
 
 import copy
 import re
@@ -14,7 +14,6 @@ from torch import Tensor
 
 import tiny
 from nugget2d import Nugget2D
-from nugget2d.baselines.pooled import PooledMemory
 from nugget2d.errors import ModelError, RecipeError
 from nugget2d.inference.placement import join_rows
 from nugget2d.inference.token_decoding import decode_tokens
@@ -22,24 +21,29 @@ from nugget2d.modeling.rotation import KeyRotation
 from nugget2d.modeling.hooks import inputs_of
 from nugget2d.modeling.network import Encoded
 from nugget2d.modeling.readout import slot_layout, unrotated_layers
+from nugget2d.pooled import PooledMemory
 from nugget2d.streaming.layout import Layout
 from nugget2d.streaming.parallel import mixed_logits, parted
-from nugget2d.training import tasks
 from nugget2d.training.corpus import Pack
-from nugget2d.training.growth import PLACE, grow
-from nugget2d.training.lookup import lookup_keys, lookup_loss, voice_loss
 from nugget2d.training.recipe import CompressStage
 from nugget2d.training.run import train
 from nugget2d.training.tasks import CompressTask
+from research import induction_loss as module
+from research.induction import PLACE, insert_layer
+from research.induction_loss import InductionLoss, induction_keys, induction_loss, value_matching_loss
 from test_training import losses, small_recipe
 
-SLOTTED = {"num_key_value_heads": 4, "attention_bias": True, "num_hidden_layers": 3}
+OFFSETS = {"use": "research.relative_offset:RelativeOffsets"}
+READOUT = {"use": "research.readout_loss:ReadoutLoss", "weight": 0.5}
+INSERT = {"use": "research.induction:InsertLayer"}
+INDUCTION = {"use": "research.induction_loss:InductionLoss", "weight": 1.0}
+SEPARATE = {"num_key_value_heads": 4, "attention_bias": True, "num_hidden_layers": 3}
 LAYOUT = Layout(tau=8, chunk=6, views=4)
 
 
 def compressor(**changes: object) -> Nugget2D:
     """Two copies of a Llama whose heads can be told apart, their weights apart as after training."""
-    lm = tiny.lm("llama", **(SLOTTED | changes))
+    lm = tiny.lm("llama", **(SEPARATE | changes))
     torch.manual_seed(1)
     model = Nugget2D.from_base(lm, tiny.tokenizer(), adapters="copies", scorer_layer=1, slots=True, window=128)
     with torch.no_grad():
@@ -65,10 +69,10 @@ def before() -> Nugget2D:
 
 @pytest.fixture(scope="module")
 def after(before: Nugget2D, pack: Pack) -> Nugget2D:
-    return grow(before, pack)
+    return insert_layer(before, pack)
 
 
-# ---- growing ----
+# ---- inserting ----
 
 
 @torch.no_grad()
@@ -79,25 +83,25 @@ def test_the_encoder_computes_as_before(before: Nugget2D, after: Nugget2D) -> No
     for number, layer in zip(kept, range(3), strict=True):
         assert torch.allclose(new.keys[number], old.keys[layer], atol=1e-5)
         assert torch.allclose(new.values[number], old.values[layer], atol=1e-5)
-    # the new values are the slots that stood there, centred
+    # the new values are those that stood there, centred
     shift = new.values[PLACE] - old.values[PLACE]
     assert torch.allclose(shift, shift[:1, :, :1].expand_as(shift), atol=1e-4)
 
 
 @torch.no_grad()
-def test_a_key_says_what_the_next_slot_says(before: Nugget2D, after: Nugget2D) -> None:
+def test_a_key_is_a_function_of_the_next_value(before: Nugget2D, after: Nugget2D) -> None:
     ids = tiny.random_ids(64, 24)
     nuggets = after.encode(ids, [24] * 64, [6] * 64, selection="even").nuggets
     keys, values = (states[PLACE].transpose(0, 1).flatten(1, 2).double() for states in (nuggets.keys, nuggets.values))
     for head in range(3):
         slot = torch.cat([values[head + 1], torch.ones_like(values[0, :, :1])], dim=1)
         assert torch.allclose(slot @ torch.linalg.lstsq(slot, keys[head]).solution, keys[head], atol=1e-3)
-    assert not keys[3].any()  # there is no slot to the left of the last
+    assert not keys[3].any()  # there is no code to the left of the last
     assert keys[:3].norm(dim=-1).mean() > 1
 
 
 @torch.no_grad()
-def test_the_decoder_is_that_of_before_but_for_what_the_new_layer_says(before: Nugget2D, after: Nugget2D) -> None:
+def test_the_decoder_is_that_of_before_but_for_what_the_new_layer_adds(before: Nugget2D, after: Nugget2D) -> None:
     ids = tiny.random_ids(2, 24)
     projection = slot_layout(after).decoder[PLACE].self_attn.o_proj
     kept, old = projection.weight.clone(), before.decode(None, ids, prompt=None)
@@ -110,18 +114,20 @@ def test_the_decoder_is_that_of_before_but_for_what_the_new_layer_says(before: N
 
 
 @torch.no_grad()
-def test_what_finds_nothing_looks_at_the_start_token(after: Nugget2D) -> None:
+def test_a_query_without_a_match_attends_to_the_start_token(after: Nugget2D) -> None:
     ids = torch.randperm(len(after.tokenizer) - 1, generator=torch.Generator().manual_seed(0))[:200].view(8, 25) + 1
     attention = slot_layout(after).decoder[PLACE].self_attn
-    with inputs_of(lookup_keys(after)) as heard:
+    with inputs_of(induction_keys(after)) as watched:
         after.decode(None, after.after_start(ids), prompt=None)
-    queries, keys = (p(heard[-1]).unflatten(-1, (4, -1)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj))
+    queries, keys = (
+        p(watched[-1]).unflatten(-1, (4, -1)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj)
+    )
     logits = (queries @ keys.transpose(2, 3))[:, :3] / attention.head_dim**0.5
     start, others = logits[:, :, 5:, 0], torch.tril(logits[:, :, 5:, 1:], diagonal=4)
     assert (start > others.amax(-1)).double().mean() > 0.5  # of some fifteen keys
 
 
-def test_growing_keeps_what_reads_slots_and_moves_keys(before: Nugget2D, after: Nugget2D) -> None:
+def test_tokens_are_decoded_and_keys_moved_as_before(before: Nugget2D, after: Nugget2D) -> None:
     assert unrotated_layers(after.lm) == [PLACE] and unrotated_layers(before.lm) == []
     assert slot_layout(after).layers == [2, 3]
     memory = after.compress(tiny.TEXT, ratio=4)
@@ -134,25 +140,25 @@ def test_growing_keeps_what_reads_slots_and_moves_keys(before: Nugget2D, after: 
     assert [torch.equal(one, other) for one, other in zip(keys, moved, strict=True)] == [False, True, False, False]
 
 
-def test_pooled_memories_grow_the_same_layer(before: Nugget2D, after: Nugget2D, pack: Pack) -> None:
+def test_pooled_memories_get_the_same_layer(before: Nugget2D, after: Nugget2D, pack: Pack) -> None:
     pooled = PooledMemory(copy.deepcopy(before.lm), before.tokenizer, before.config)
     pooled.load_state_dict(before.state_dict())
     fitted = re.compile(r"(lm\.model|encoder)\.layers\.1\.self_attn\.[qkv]_proj")
     unread = "encoder.layers.1.self_attn.q_proj"  # random: the encoder's queries say nothing here
     expected = {name: one for name, one in after.state_dict().items() if fitted.search(name) and unread not in name}
-    grown = grow(pooled, pack).state_dict()
-    assert len(expected) == 10 and all(torch.equal(grown[name], one) for name, one in expected.items())
+    extended = insert_layer(pooled, pack).state_dict()
+    assert len(expected) == 10 and all(torch.equal(extended[name], one) for name, one in expected.items())
 
 
 @pytest.mark.parametrize("changes", [{"attention_bias": False}, {"num_key_value_heads": 2}, {"num_hidden_layers": 1}])
-def test_what_cannot_grow(changes: dict[str, object], pack: Pack) -> None:
-    with pytest.raises((RecipeError, ModelError), match=r"`grow`|slots"):
-        grow(compressor(**changes), pack)
+def test_what_cannot_get_one(changes: dict[str, object], pack: Pack) -> None:
+    with pytest.raises((RecipeError, ModelError), match=r"InsertLayer|read-out"):
+        insert_layer(compressor(**changes), pack)
 
 
-def test_nothing_grows_twice(after: Nugget2D, pack: Pack) -> None:
-    with pytest.raises(RecipeError, match="`grow` needs a Llama"):
-        grow(after, pack)
+def test_nothing_gets_two(after: Nugget2D, pack: Pack) -> None:
+    with pytest.raises(RecipeError, match="InsertLayer needs a Llama"):
+        insert_layer(after, pack)
 
 
 # ---- the loss ----
@@ -206,23 +212,23 @@ def test_the_loss_of_a_stream(after: Nugget2D, way: str, reach: int | None) -> N
     rows = ids[:, : layout.segments * layout.chunk].reshape(-1, layout.chunk)
     encoded = after.encode(rows, [layout.chunk] * 6, [2] * 6, selection="random")
     nuggets = join_rows(after, encoded.nuggets, 2, layout.segments, layout.chunk)
-    with inputs_of(lookup_keys(after)) as heard:
+    with inputs_of(induction_keys(after)) as watched:
         mixed_logits(after, nuggets, ids, layout, way)
-    loss = lookup_loss(after, heard[-1], ids, layout, encoded, torch.Generator())
-    assert float(loss) == pytest.approx(by_hand(after, ids, layout, heard[-1], encoded, 3), rel=1e-4)
+    loss = induction_loss(after, watched[-1], ids, layout, encoded, torch.Generator())
+    assert float(loss) == pytest.approx(by_hand(after, ids, layout, watched[-1], encoded, 3), rel=1e-4)
 
 
-def test_a_nugget_learns_to_say_what_a_whole_token_says(after: Nugget2D) -> None:
+def test_the_output_of_a_nugget_is_matched_with_that_of_an_uncompressed_token(after: Nugget2D) -> None:
     ids = tiny.random_ids(2, LAYOUT.length)
     rows = ids[:, : LAYOUT.segments * LAYOUT.chunk].reshape(-1, LAYOUT.chunk)
     model = copy.deepcopy(after)
     encoded = model.encode(rows, [LAYOUT.chunk] * 6, [2] * 6, selection="random")
     nuggets = join_rows(model, encoded.nuggets, 2, LAYOUT.segments, LAYOUT.chunk)
-    with inputs_of(lookup_keys(model)) as heard:
+    with inputs_of(induction_keys(model)) as watched:
         mixed_logits(model, nuggets, ids, LAYOUT)
-    loss = voice_loss(model, heard[-1], LAYOUT, encoded)
+    loss = value_matching_loss(model, watched[-1], LAYOUT, encoded)
     attention = slot_layout(model).decoder[PLACE].self_attn
-    tokens, output = parted(heard[-1], 2, LAYOUT)[1], attention.o_proj.weight
+    tokens, output = parted(watched[-1], 2, LAYOUT)[1], attention.o_proj.weight
     spoken, wanted = [], []
     for number, ends in enumerate(encoded.index.tolist()):
         row, segment = divmod(number, LAYOUT.segments)
@@ -243,20 +249,20 @@ def test_a_nugget_learns_to_say_what_a_whole_token_says(after: Nugget2D) -> None
 def test_the_loss_of_a_text(after: Nugget2D) -> None:
     ids = tiny.random_ids(2, 20) % 9 + 1
     layout = Layout(tau=0, chunk=20, views=1)
-    with inputs_of(lookup_keys(after)) as heard:
+    with inputs_of(induction_keys(after)) as watched:
         after.decode(None, after.after_start(ids), prompt=None)
-    loss = lookup_loss(after, heard[-1], ids, layout, None, torch.Generator())
-    assert float(loss) == pytest.approx(by_hand(after, ids, layout, heard[-1], None, 2), rel=1e-4)
+    loss = induction_loss(after, watched[-1], ids, layout, None, torch.Generator())
+    assert float(loss) == pytest.approx(by_hand(after, ids, layout, watched[-1], None, 2), rel=1e-4)
     # nothing to find: all should look at the start token; where there is none, nothing is asked
-    alone, inputs = torch.arange(1, 21)[None], heard[-1][:1]
-    silence = lookup_loss(after, inputs, alone, layout, None, torch.Generator())
+    alone, inputs = torch.arange(1, 21)[None], watched[-1][:1]
+    silence = induction_loss(after, inputs, alone, layout, None, torch.Generator())
     assert float(silence) == pytest.approx(by_hand(after, alone, layout, inputs, None, 1), rel=1e-4)
-    assert float(lookup_loss(after, inputs[:, 1:], alone, layout, None, torch.Generator())) == 0
+    assert float(induction_loss(after, inputs[:, 1:], alone, layout, None, torch.Generator())) == 0
 
 
 def test_a_model_without_such_a_layer(before: Nugget2D) -> None:
-    with pytest.raises(ModelError, match="set `grow: true`"):
-        lookup_keys(before)
+    with pytest.raises(ModelError, match="InsertLayer before it"):
+        induction_keys(before)
 
 
 # ---- runs ----
@@ -268,16 +274,18 @@ def test_recomputed_activations_change_nothing(after: Nugget2D, pack: Pack, obje
     for recomputed in (False, True):
         phase = {"objectives": {objective: 1}, "windows": {32: 1}}
         stage = CompressStage(
-            tokens=64, batch_tokens=128, optim={"lr": 1e-3}, phases=[phase], init="before", lookup=1.0,
+            tokens=64, batch_tokens=128, optim={"lr": 1e-3}, phases=[phase],
             streams={"tau": {8: 1}, "chunk": {8: 1}, "context": 32}, checkpoint_activations=recomputed,
         )  # fmt: skip
         model = copy.deepcopy(after)
         generator = torch.Generator().manual_seed(3)
-        loss, figures = CompressTask(model, stage, pack, pack).loss(0.75, generator, generator)
+        task = CompressTask(model, stage, pack, pack, [InductionLoss(weight=1.0)])
+        loss, metrics = task.loss(0.75, generator, generator)
         loss.backward()
-        main = figures.pop(f"loss_{objective}")
-        assert figures.keys() == ({"loss_lookup", "loss_voice"} if objective == "stream" else {"loss_lookup"})
-        assert float(loss.detach()) == pytest.approx(main + 0.4 * sum(figures.values()), rel=1e-5)
+        main = metrics.pop(f"loss_{objective}")
+        matched = {"loss_value_matching"} if objective == "stream" else set()
+        assert metrics.keys() == {"loss_induction"} | matched
+        assert float(loss.detach()) == pytest.approx(main + 0.4 * sum(metrics.values()), rel=1e-5)
         found.append({name: one.grad for name, one in model.named_parameters() if one.grad is not None})
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
@@ -286,18 +294,18 @@ def test_recomputed_activations_change_nothing(after: Nugget2D, pack: Pack, obje
 def test_both_losses_are_of_the_same_inputs(after: Nugget2D, pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
 
-    def listened(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def recorded(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda model, inputs, *others: given.append(inputs) or loss(model, inputs, *others)
 
-    monkeypatch.setattr(tasks, "lookup_loss", listened(lookup_loss))
-    monkeypatch.setattr(tasks, "voice_loss", listened(voice_loss))
+    monkeypatch.setattr(module, "induction_loss", recorded(induction_loss))
+    monkeypatch.setattr(module, "value_matching_loss", recorded(value_matching_loss))
     phase = {"objectives": {"stream": 1}, "windows": {32: 1}}
     stage = CompressStage(
-        tokens=64, batch_tokens=128, optim={"lr": 1e-3}, phases=[phase], init="before", lookup=1.0,
+        tokens=64, batch_tokens=128, optim={"lr": 1e-3}, phases=[phase],
         streams={"tau": {8: 1}, "chunk": {8: 1}, "context": 32},
     )  # fmt: skip
     generator = torch.Generator().manual_seed(3)
-    CompressTask(after, stage, pack, pack).loss(1.0, generator, generator)
+    CompressTask(after, stage, pack, pack, [InductionLoss(weight=1.0)]).loss(1.0, generator, generator)
     assert len(given) == 2 and given[0] is given[1]
 
 
@@ -305,31 +313,32 @@ def test_both_losses_are_of_the_same_inputs(after: Nugget2D, pack: Pack, monkeyp
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a recipe that was run."""
     path = small_recipe(tmp_path_factory.mktemp("trained"))
+    content = yaml.safe_load(path.read_text())
+    content["compress"]["plugins"] = [OFFSETS, READOUT]
+    path.write_text(yaml.safe_dump(content))
     train(path)
     return path.parent
 
 
 @pytest.mark.parametrize("memory", ["nuggets", "pooled"])
-def test_a_run_that_grows_and_looks_up(trained: Path, memory: str) -> None:
+def test_a_run_that_inserts_the_layer_and_teaches_it(trained: Path, memory: str) -> None:
     content = yaml.safe_load((trained / "tiny.yaml").read_text())
     for key in ("tokenizer", "model", "pretrain"):
         del content[key]
-    del content["compress"]["addressing"]
-    if memory == "pooled":
-        del content["compress"]["readout"]
     phase = {"objectives": {"stream": 1, "lm": 1}, "windows": {32: 1}, "segments": 3}
     content["compress"] |= {
-        "init": "run/model", "grow": True, "lookup": 1.0, "phases": [phase], "memory": memory,
+        "init": "run/model", "phases": [phase], "memory": memory,
+        "plugins": [INSERT, *([READOUT] if memory == "nuggets" else []), INDUCTION],
         "streams": {"tau": {8: 1}, "chunk": {8: 1}, "context": 64}, "tokens": 7680,
     }  # fmt: skip
     path = trained / f"{memory}.yaml"
     path.write_text(yaml.safe_dump(content | {"out": memory}))
     out = train(path)
-    records = [line for line in (out / "compress" / "log.jsonl").read_text().splitlines() if "loss_lookup" in line]
+    records = [line for line in (out / "compress" / "log.jsonl").read_text().splitlines() if "loss_induction" in line]
     found = losses(out / "compress" / "log.jsonl")
     assert len(records) == len(found) == 30
-    lookup = [yaml.safe_load(line)["loss_lookup"] for line in records]
-    assert sum(lookup[-5:]) < 0.9 * sum(lookup[:5])
+    curve = [yaml.safe_load(line)["loss_induction"] for line in records]
+    assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
     kind = {"nuggets": Nugget2D, "pooled": PooledMemory}[memory]
     model = kind.from_pretrained(out / "model")
     assert model.lm.config.model_type == "smollm3"
@@ -338,10 +347,10 @@ def test_a_run_that_grows_and_looks_up(trained: Path, memory: str) -> None:
     assert "".join(stream.generate(max_new_tokens=4))
 
 
-def test_growing_needs_something_trained(tmp_path: Path) -> None:
+def test_a_layer_is_inserted_into_something_trained(tmp_path: Path) -> None:
     path = small_recipe(tmp_path)
     content = yaml.safe_load(path.read_text())
-    content["compress"]["grow"] = True
+    content["compress"]["plugins"] = [INSERT]
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(RecipeError, match="give `init`"):
         train(path)

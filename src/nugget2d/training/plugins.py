@@ -89,7 +89,10 @@ class AuxiliaryLoss(Plugin):
         return nullcontext()
 
     def losses(self, batch: MicroBatch, watched: Any) -> dict[str, Tensor]:
-        """The losses of a micro-batch by their names in the log; none where it has nothing to learn from."""
+        """The losses of a micro-batch by their names in the log; none where it has nothing to learn from.
+
+        Which names there are must follow from objective and progress: processes share out the micro-batches of a step.
+        """
         raise NotImplementedError
 
 

@@ -16,8 +16,8 @@ from nugget2d.modeling.precision import has_fast_bfloat16
 from nugget2d.pooled import PooledMemory
 from nugget2d.training.corpus import Pack, make_pack
 from nugget2d.training.loop import fit
-from nugget2d.training.processes import Processes, alone, together
 from nugget2d.training.plugins import AuxiliaryLoss, load_plugins, memory_of
+from nugget2d.training.processes import Processes, alone, together
 from nugget2d.training.recipe import FROZEN, CompressStage, Recipe, ShapeConfig, load_recipe
 from nugget2d.training.spread import Replicas, Shards, Spread, whole
 from nugget2d.training.tasks import CompressTask, PretrainTask
