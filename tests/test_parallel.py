@@ -75,7 +75,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         options = {
             "init": "one/model", "plugins": [INSERT, READOUT, INDUCTION],
             "phases": [PHASE | {"objectives": {"stream": 1, "lm": 1}}],
-            "streams": {"tau": {8: 1}, "chunk": {8: 1}, "context": 16},
+            "streams": {"recent_window": {8: 1}, "chunk": {8: 1}, "context": 16},
         }  # fmt: skip
         extended = write("extended", "fsdp", HALF, scratch, **options)
         train(extended, out=folder / "extended-one")

@@ -23,7 +23,7 @@ from test_training import PHASE, small_recipe
 
 ROOT = Path(__file__).parent.parent
 OBJECTIVES = {"reconstruct": 1, "continue": 1, "stream": 1, "lm": 1}
-STREAMS = {"tau": {8: 1}, "chunk": {8: 1}, "context": 16}
+STREAMS = {"recent_window": {8: 1}, "chunk": {8: 1}, "context": 16}
 
 
 class Renamed(Plugin):
@@ -111,7 +111,7 @@ def test_draws_do_not_depend_on_plugins(tmp_path: Path) -> None:
         ({"use": "no.such.place:Thing"}, r"cannot import plugin 'no.such.place:Thing'.*run `python -m nugget2d train`"),
         ({"use": f"{__name__}:ROOT"}, "is no subclass of"),
         ({"use": f"{__name__}:Nothing"}, "is no subclass of"),
-        ({"use": "Thing"}, r"`compress.plugins.0.use` is 'Thing'"),
+        ({"use": "Thing"}, r"`compress.plugins.0.use` is 'Thing': give the import path"),
         ({"use": f"{__name__}:Renamed"}, "missing key `to`"),
         ({"use": f"{__name__}:Renamed", "to": "x", "from": 1}, "unknown key `from`"),
         ({"use": f"{__name__}:Watched", "weight": 0}, "`weight` is 0"),

@@ -17,7 +17,7 @@ from nugget2d.errors import RecipeError
 from nugget2d.streaming.layout import Layout
 from nugget2d.training import tasks
 from nugget2d.training.corpus import Pack, documents, make_pack
-from nugget2d.training.recipe import CompressStage, OptimConfig, RatioConfig, Source, load_recipe
+from nugget2d.training.recipe import CompressStage, OptimConfig, RatioConfig, Source, StreamConfig, load_recipe
 from nugget2d.training.run import fit_recipe, train
 from nugget2d.training.schedule import choose, learning_rate_factor, sample_ratio
 from nugget2d.training.tasks import CompressTask
@@ -103,6 +103,11 @@ def test_recipe_that_is_no_yaml(tmp_path: Path) -> None:
     path.write_text("a: [1")
     with pytest.raises(RecipeError, match="not YAML"):
         load_recipe(path)
+
+
+def test_former_names_of_stream_settings_are_read() -> None:
+    now = StreamConfig.model_validate({"recent_window": {16: 1}, "visible_segments": {2: 1}})
+    assert StreamConfig.model_validate({"tau": {16: 1}, "reach": {2: 1}}) == now
 
 
 def test_documents_reads_every_format_alike(tmp_path: Path) -> None:
@@ -225,7 +230,7 @@ def test_a_compressor_on_a_base_of_ones_own(tmp_path: Path) -> None:
 def test_streams_are_trained(tmp_path: Path) -> None:
     content = yaml.safe_load(small_recipe(tmp_path, pretrain=None).read_text())
     phase = {"objectives": {"stream": 3, "reconstruct": 1}, "windows": {32: 1}, "segments": 2}
-    streams = {"tau": {16: 1, 8: 1}, "chunk": {32: 1, 8: 1}, "context": 64}
+    streams = {"recent_window": {16: 1, 8: 1}, "chunk": {32: 1, 8: 1}, "context": 64}
     content["compress"] |= {"streams": streams, "phases": [phase], "selection": "learned"}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
     folder = train(tmp_path / "tiny.yaml")
@@ -240,7 +245,7 @@ def test_streams_are_trained(tmp_path: Path) -> None:
 
 
 def test_streams_are_as_they_will_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step draws one of the values of `tau`, `chunk`, `ratio` and `reach`."""
+    """Every step draws one of the values of `recent_window`, `chunk`, `ratio` and `visible_segments`."""
     drawn: set[tuple[int, int, int | None, int]] = set()
 
     def watched(model: Nugget2D, ids: Tensor, layout: Layout, count: int, *others: object) -> tuple[Tensor, None]:
@@ -249,7 +254,13 @@ def test_streams_are_as_they_will_be_read(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(tasks, "stream_loss", watched)
     phase = {"objectives": {"stream": 1}, "windows": {32: 1}}
-    streams = {"tau": {8: 1}, "chunk": {8: 1, 16: 1}, "ratio": {4: 1, 8: 1}, "reach": {1: 1, 3: 1}, "context": 32}
+    streams = {
+        "recent_window": {8: 1},
+        "chunk": {8: 1, 16: 1},
+        "ratio": {4: 1, 8: 1},
+        "visible_segments": {1: 1, 3: 1},
+        "context": 32,
+    }
     stage = CompressStage(tokens=64, batch_tokens=64, optim={"lr": 1e-3}, phases=[phase], streams=streams)
     (tmp_path / "done").write_text("uint16")
     (tmp_path / "text.bin").write_bytes(bytes(1000))

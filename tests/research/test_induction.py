@@ -275,7 +275,7 @@ def test_recomputed_activations_change_nothing(after: Nugget2D, pack: Pack, obje
         phase = {"objectives": {objective: 1}, "windows": {32: 1}}
         stage = CompressStage(
             tokens=64, batch_tokens=128, optim={"lr": 1e-3}, phases=[phase],
-            streams={"tau": {8: 1}, "chunk": {8: 1}, "context": 32}, checkpoint_activations=recomputed,
+            streams={"recent_window": {8: 1}, "chunk": {8: 1}, "context": 32}, checkpoint_activations=recomputed,
         )  # fmt: skip
         model = copy.deepcopy(after)
         generator = torch.Generator().manual_seed(3)
@@ -302,7 +302,7 @@ def test_both_losses_are_of_the_same_inputs(after: Nugget2D, pack: Pack, monkeyp
     phase = {"objectives": {"stream": 1}, "windows": {32: 1}}
     stage = CompressStage(
         tokens=64, batch_tokens=128, optim={"lr": 1e-3}, phases=[phase],
-        streams={"tau": {8: 1}, "chunk": {8: 1}, "context": 32},
+        streams={"recent_window": {8: 1}, "chunk": {8: 1}, "context": 32},
     )  # fmt: skip
     generator = torch.Generator().manual_seed(3)
     CompressTask(after, stage, pack, pack, [InductionLoss(weight=1.0)]).loss(1.0, generator, generator)
@@ -329,7 +329,7 @@ def test_a_run_that_inserts_the_layer_and_teaches_it(trained: Path, memory: str)
     content["compress"] |= {
         "init": "run/model", "phases": [phase], "memory": memory,
         "plugins": [INSERT, *([READOUT] if memory == "nuggets" else []), INDUCTION],
-        "streams": {"tau": {8: 1}, "chunk": {8: 1}, "context": 64}, "tokens": 7680,
+        "streams": {"recent_window": {8: 1}, "chunk": {8: 1}, "context": 64}, "tokens": 7680,
     }  # fmt: skip
     path = trained / f"{memory}.yaml"
     path.write_text(yaml.safe_dump(content | {"out": memory}))

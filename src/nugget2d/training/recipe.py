@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nugget2d.config import Adapters, Frozen, MemoryKind, SelectionName
 from nugget2d.errors import RecipeError
@@ -99,6 +99,12 @@ class PretrainStage(Stage):
     window: int = Field(default=128, ge=8)
 
 
+# how likely a value is drawn, beside the others
+Weight = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Length = Annotated[int, Field(ge=8)]
+Ratio = Annotated[float, Field(ge=1)]
+
 Objective = Literal["reconstruct", "uniform", "continue", "distill", "stream", "lm"]
 FROZEN = "a frozen base cannot learn plain LM: leave `lm` out of the objectives, or use copies"
 # a compressor that is trained further has settled these
@@ -110,8 +116,8 @@ class Phase(Frozen):
 
     Attributes:
         objectives: "reconstruct" is autoencoding of text, "uniform" of tokens drawn evenly from the vocabulary (text
-            shows rare tokens too seldom), "continue" goes on from memories, "distill" does so as the LM would from the
-            whole context, "stream" reads as `Nugget2D.stream` does, "lm" is plain language modelling.
+            shows rare tokens too seldom), "continue" predicts what follows a memory, "distill" does so as the LM would
+            after the full context, "stream" reads as `Nugget2D.stream` does, "lm" is plain language modelling.
         windows: segment lengths in tokens; streams have chunks of their own (`StreamConfig`).
         selections: policies; None takes the stage's own `selection` alone.
         segments: plain LM and the contexts of continuation and distillation are 1 .. `segments` windows long; a context
@@ -119,13 +125,13 @@ class Phase(Frozen):
     """
 
     start: float = Field(default=0.0, ge=0, lt=1, alias="from")
-    objectives: dict[Objective, Annotated[float, Field(gt=0)]] = Field(min_length=1)
-    windows: dict[Annotated[int, Field(ge=8)], Annotated[float, Field(gt=0)]] = Field(min_length=1)
-    selections: dict[SelectionName, Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
+    objectives: dict[Objective, Weight] = Field(min_length=1)
+    windows: dict[Length, Weight] = Field(min_length=1)
+    selections: dict[SelectionName, Weight] | None = Field(default=None, min_length=1)
     segments: int = Field(default=1, ge=1)
 
 
-Bounds = tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]]
+Bounds = tuple[Ratio, Ratio]
 
 
 class RatioConfig(Frozen):
@@ -147,18 +153,24 @@ class RatioConfig(Frozen):
 class StreamConfig(Frozen):
     """What streams look like in training; every step draws one of each, value -> weight.
 
+    `tau` and `reach` are former names of `recent_window` and `visible_segments`, still read.
+
     Attributes:
-        tau: whole tokens before a chunk.
+        recent_window: uncompressed tokens before a chunk (tau in the paper).
         chunk: tokens that leave the window at a time, to be compressed.
         ratio: tokens of a nugget; None takes the stage's `ratios`.
-        reach: how many chunks of nuggets are seen, as by a stream with `max_nuggets`; None shows all.
+        visible_segments: of how many chunks the nuggets are seen, as by a stream with `max_nuggets`; None shows all.
         context: about so many tokens become nuggets: as many chunks as it holds.
     """
 
-    tau: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]] = Field(default={128: 1.0}, min_length=1)
-    chunk: dict[Annotated[int, Field(ge=8)], Annotated[float, Field(gt=0)]] = Field(default={128: 1.0}, min_length=1)
-    ratio: dict[Annotated[float, Field(ge=1)], Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
-    reach: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
+    recent_window: dict[Count, Weight] = Field(
+        default={128: 1.0}, min_length=1, validation_alias=AliasChoices("recent_window", "tau")
+    )
+    chunk: dict[Length, Weight] = Field(default={128: 1.0}, min_length=1)
+    ratio: dict[Ratio, Weight] | None = Field(default=None, min_length=1)
+    visible_segments: dict[Count, Weight] | None = Field(
+        default=None, min_length=1, validation_alias=AliasChoices("visible_segments", "reach")
+    )
     context: int = Field(default=1024, ge=8)
 
     @model_validator(mode="after")
@@ -167,14 +179,14 @@ class StreamConfig(Frozen):
             raise ValueError(f"a chunk of {max(self.chunk)} tokens does not fit into a context of {self.context}")
         return self
 
-    def layout(self, tau: int, chunk: int, reach: int | None = None) -> Layout:
+    def layout(self, recent_window: int, chunk: int, visible_segments: int | None = None) -> Layout:
         """The text of one step."""
-        return Layout(tau=tau, chunk=chunk, views=self.context // chunk + 1, reach=reach)
+        return Layout(tau=recent_window, chunk=chunk, views=self.context // chunk + 1, reach=visible_segments)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text, and its head."""
-        return 1 + max(self.layout(tau, chunk).length for tau in self.tau for chunk in self.chunk)
+        """Tokens of the longest text, and its sink token."""
+        return 1 + max(self.layout(recent, chunk).length for recent in self.recent_window for chunk in self.chunk)
 
 
 class PluginSpec(Frozen):
@@ -182,7 +194,15 @@ class PluginSpec(Frozen):
 
     model_config = ConfigDict(extra="allow")
 
-    use: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    use: str
+
+    @field_validator("use")
+    @classmethod
+    def _names_a_class(cls, use: str) -> str:
+        module, _, name = use.partition(":")
+        if not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+            raise ValueError('give the import path of a class, "package.module:Class"')
+        return use
 
     @property
     def options(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ MEMORIES: dict[MemoryKind, type[Nugget2D]] = {"nuggets": Nugget2D, "pooled": Poo
 
 
 def train(recipe_path: Path, *, out: Path | None = None, fresh: bool = False) -> Path:
-    """Run every stage of a recipe, going on from its checkpoints; returns the folder with the results.
+    """Run every stage of a recipe, resuming from its checkpoints; returns the folder with the results.
 
     The folder gets `pack/` (tokenizer and ids), `pretrain/` and `compress/` (log.jsonl, loss.png, checkpoint.pt),
     `base/` (the LM alone) and, after the compressor stage, `model/` for `Nugget2D.from_pretrained`.
@@ -51,8 +51,8 @@ def train(recipe_path: Path, *, out: Path | None = None, fresh: bool = False) ->
             state = whole(model.state_dict(keep_vars=True), processes)
             if processes.first:
                 last = (folder / "compress" / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-                figures = json.loads(last)["held_out"]
-                pretrained.save(model, folder / "model", torch.bfloat16, figures=figures, state=state)
+                metrics = json.loads(last)["held_out"]
+                pretrained.save(model, folder / "model", torch.bfloat16, figures=metrics, state=state)
         processes.wait()
     return folder
 

@@ -147,8 +147,8 @@ class CompressTask:
         self, ratio: float, selection: SelectionName, shared: torch.Generator, own: torch.Generator
     ) -> _Computed:
         streams = self.stage.streams
-        reach = None if streams.reach is None else choose(streams.reach, shared)
-        layout = streams.layout(choose(streams.tau, shared), choose(streams.chunk, shared), reach)
+        visible = None if streams.visible_segments is None else choose(streams.visible_segments, shared)
+        layout = streams.layout(choose(streams.recent_window, shared), choose(streams.chunk, shared), visible)
         if streams.ratio is not None:
             ratio = choose(streams.ratio, shared)
         count = count_nuggets([layout.chunk], ratio)[0]

@@ -2,7 +2,8 @@
 
 The weights stay as they are; each segment's own keys and values descend two losses. Reconstruction: of its own tokens.
 Continuation: what is predicted after the nuggets should be what the LM predicts after the text itself, on continuations
-that it makes up. Without the second, going on from a memory pays for giving it back; with it, it gains (research/LOG.md).
+that it makes up. Without the second, going on from a memory pays for giving it back; with it, it gains
+(research/LOG.md).
 The states that are read at every step are those that would be kept (rounded to int8 or bfloat16, gradient straight
 through), so a segment stops at an accuracy that it really has.
 
