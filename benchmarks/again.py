@@ -42,10 +42,10 @@ def main(wanted: list[str]) -> int:
 
 
 def commands(page: str) -> dict[str, str]:
-    """The indented blocks of a page that write to benchmarks/results, by the path that they write to."""
+    """The indented blocks of a page that write results (of benchmarks or research), by the path that they write to."""
     found = {}
     for block in re.findall(r"(?:^    .*\n)+", page, flags=re.MULTILINE):
-        outputs = re.findall(r"(?:-o|--out) (benchmarks/results/\S+)", block)
+        outputs = re.findall(r"(?:-o|--out) ((?:benchmarks|research)/results/\S+)", block)
         found |= dict.fromkeys(outputs, re.sub(r"^    ", "", block, flags=re.MULTILINE))
     return found
 

@@ -1,6 +1,6 @@
 r"""Was text that a model is measured on in what it was trained on? Looks for passages of the one in the other.
 
-    python benchmarks/overlap.py recipes/nano-gpu.yaml --out benchmarks/results/overlap.json \
+    python benchmarks/overlap.py research/recipes/nano-gpu.yaml --out benchmarks/results/overlap.json \
         --data ../shared/data/lm/wikitext-2.test.txt.xz --data ../shared/data/lm/novels100.jsonl.xz:split=val
 
 From every document evenly spaced passages of so many letters, whatever stands between the letters; looked for in all

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from nugget2d import Nugget2D
-from nugget2d.baselines.pooled import PooledMemory
 from nugget2d.cli.bench import parse_source, read_documents
 from nugget2d.evaluation.report import write_report
 from nugget2d.evaluation.streaming.full import Full
@@ -21,6 +20,7 @@ from nugget2d.evaluation.streaming.methods import COMPRESSIVE, OURS
 from nugget2d.evaluation.streaming.nuggets import Compressed
 from nugget2d.evaluation.streaming.reader import Budget
 from nugget2d.evaluation.streaming.text import articles, cut
+from nugget2d.pooled import PooledMemory
 
 BLOCK = 2_048  # scored tokens
 

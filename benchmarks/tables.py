@@ -18,6 +18,7 @@ from nugget2d.evaluation.report import markdown_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+RESEARCH = ROOT / "research" / "results"
 PAGES = (ROOT / "docs" / "RESULTS.md", ROOT / "src" / "nugget2d" / "models" / "nano" / "README.md")
 POLICIES = ("even", "window", "learned", "random", "punctuation")
 
@@ -117,23 +118,23 @@ def policies() -> str:
 
 
 def selection_study() -> str:
-    """The arms of the selection study."""
-    return _table_of("studies/selection/study.md")
+    """The variants of the selection study."""
+    return _table_of(RESEARCH / "studies/selection/study.md")
 
 
 def studies() -> str:
-    """Every other study: its question, and what its arms reached."""
+    """Every other study: its question, and what its variants reached."""
     rows = []
-    for path in sorted(RESULTS.glob("studies/*/study.json")):
+    for path in sorted(RESEARCH.glob("studies/*/study.json")):
         report, name = json.loads(path.read_text(encoding="utf-8")), path.parent.name
         if name == "selection":
             continue
-        means = {arm: one["mean"] for arm, one in report["summary"].items()}
+        means = {variant: one["mean"] for variant, one in report["summary"].items()}
         rows.append(
             [
-                f"[{name}](../benchmarks/results/studies/{name}/study.md)",
+                f"[{name}](../research/results/studies/{name}/study.md)",
                 yaml.safe_load(report["text"])["question"],
-                ", ".join(f"{arm} {100 * mean['accuracy_20x']:.1f}" for arm, mean in means.items()),
+                ", ".join(f"{variant} {100 * mean['accuracy_20x']:.1f}" for variant, mean in means.items()),
                 ", ".join(f"{mean['lm_loss']:.3f}" for mean in means.values()),
             ]
         )
@@ -144,7 +145,7 @@ def selection_bound() -> str:
     """What a search with hindsight wins."""
     rows = [
         [f"{r['ratio']}x", r["nuggets"], r["round"], f"{r['nats']:.3f}", f"{100 * r['accuracy']:.1f}", r["longest_gap"]]
-        for r in _read("selection-bound.json")["results"]
+        for r in _read("selection-bound.json", RESEARCH)["results"]
     ]
     return markdown_table(["ratio asked", "nuggets", "rounds", "nats a token", "accuracy %", "longest gap"], rows)
 
@@ -277,7 +278,7 @@ def speed(report: str = "speed.json") -> str:
 
 def breakeven() -> str:
     """What a context costs once and a question, three ways."""
-    return _table_of("breakeven/breakeven.md")
+    return _table_of(RESULTS / "breakeven/breakeven.md")
 
 
 def serving() -> str:
@@ -338,13 +339,13 @@ TABLES: Mapping[str, Callable[[], str]] = {
 }
 
 
-def _read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+def _read(name: str, folder: Path = RESULTS) -> dict[str, Any]:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
-def _table_of(name: str) -> str:
+def _table_of(report: Path) -> str:
     """The table of a Markdown report that has one."""
-    lines = (RESULTS / name).read_text(encoding="utf-8").splitlines()
+    lines = report.read_text(encoding="utf-8").splitlines()
     return "\n".join(line for line in lines if line.startswith("|"))
 
 

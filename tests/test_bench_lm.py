@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 import tiny
 from cli_fixtures import save_tiny_model
 from nugget2d import Nugget2D
-from nugget2d.baselines.pooled import PooledMemory
 from nugget2d.cli.app import app
 from nugget2d.errors import InputError
 from nugget2d.evaluation.streaming.full import Full, equal_text
@@ -26,6 +25,7 @@ from nugget2d.evaluation.streaming.text import articles, cut
 from nugget2d.modeling.cache import Nuggets, cached_states
 from nugget2d.modeling.compatibility import as_cache
 from nugget2d.modeling.losses import token_losses
+from nugget2d.pooled import PooledMemory
 
 BUDGET = Budget(states=24, chunk=8, ratio=4, share=0.5)
 FIRST = BUDGET.text

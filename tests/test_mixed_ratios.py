@@ -10,7 +10,6 @@ import tiny
 from nugget2d import Nugget2D
 from nugget2d.training.corpus import Pack
 from nugget2d.training.objectives import Contexts, continue_loss, reconstruct_loss
-from nugget2d.training.readout import readout_loss
 from nugget2d.training.recipe import CompressStage
 from nugget2d.training.run import compile_blocks
 from nugget2d.training.tasks import CompressTask
@@ -38,19 +37,6 @@ def test_segments_of_a_mixed_batch_are_joined_as_they_are_alone(llama: Nugget2D)
 
     alone = [loss(ids[row : row + 1], [count]) for row, count in enumerate(COUNTS)]
     assert loss(ids, COUNTS) == pytest.approx(sum(alone) / 3, abs=1e-5)
-
-
-def test_padding_has_no_slots_to_read_out() -> None:
-    base = tiny.lm("llama", num_hidden_layers=2, num_key_value_heads=4)
-    model = Nugget2D.from_base(base, tiny.tokenizer(), adapters="copies", scorer_layer=1, window=32)
-    row = tiny.random_ids(1, 16)  # the same tokens twice: the same words to tell apart
-
-    def loss(rows: Tensor, counts: list[int]) -> float:
-        _, encoded = reconstruct_loss(model, rows, counts, "even", torch.Generator())
-        return readout_loss(model, encoded, rows).item()
-
-    # four heads: 4 nuggets of 4 slots, or 8 of 2
-    assert loss(row.repeat(2, 1), [4, 8]) == pytest.approx((loss(row, [4]) + loss(row, [8])) / 2, abs=1e-5)
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -83,8 +83,8 @@ def test_plain_language_modelling(nano: Nugget2D) -> None:
 
 
 def test_weights_are_those_of_the_recipe(nano: Nugget2D) -> None:
-    shape = load_recipe(Path(__file__).parent.parent / "recipes" / "nano-cpu.yaml").model
+    shape = load_recipe(Path(__file__).parent.parent / "research" / "recipes" / "nano-cpu.yaml").model
     assert shape is not None
     assert nano.lm.config.hidden_size == shape.hidden_size
-    assert nano.lm.config.num_hidden_layers == shape.num_layers + 1  # one more that looks up, from `nano-lookup`
+    assert nano.lm.config.num_hidden_layers == shape.num_layers + 1  # and the induction heads of `nano-lookup`
     assert (FOLDER / "README.md").is_file()

@@ -25,6 +25,10 @@ from nugget2d.training.spread import Replicas
 from nugget2d.training.tasks import CompressTask
 from test_training import PHASE, losses, small_recipe
 
+OFFSETS = {"use": "research.relative_offset:RelativeOffsets"}
+READOUT = {"use": "research.readout_loss:ReadoutLoss", "weight": 0.5}
+INSERT = {"use": "research.induction:InsertLayer"}
+INDUCTION = {"use": "research.induction_loss:InductionLoss", "weight": 0.5}
 OBJECTIVES = {"reconstruct": 2, "uniform": 1, "continue": 2, "distill": 1, "lm": 1}
 STEPS, HALF = 20, 10
 
@@ -36,14 +40,12 @@ def recipes(folder: Path) -> Callable[..., Path]:
     content["compress"] |= {
         "batch_tokens": 64, "accumulate": 4, "ratios": {"start": [2, 4], "end": [2, 4]}, "evaluate_every": HALF,
         "evaluate_windows": 2, "phases": [PHASE | {"objectives": OBJECTIVES, "selections": {"even": 1, "random": 1}}],
-        "optim": {"lr": 1e-3, "warmup_steps": 5, "decay": 0},
+        "optim": {"lr": 1e-3, "warmup_steps": 5, "decay": 0}, "plugins": [OFFSETS, READOUT],
     }  # fmt: skip
 
     def write(name: str, parallel: str, steps: int, without: tuple[str, ...] = (), **compress: object) -> Path:
         changed = content | {"parallel": parallel}
         changed["compress"] = content["compress"] | {"tokens": 256 * steps} | compress
-        if "init" in compress:
-            del changed["compress"]["addressing"]  # it brings its own
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump({key: value for key, value in changed.items() if key not in without}))
         return path
@@ -64,25 +66,25 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(short, out=folder / "half")
         scratch = ("pretrain", "model", "tokenizer")
         options = {
-            "base": "one/base", "adapters": "lora", "lora_rank": 4, "readout": 0, "addressing": False,
+            "base": "one/base", "adapters": "lora", "lora_rank": 4, "plugins": [],
             "checkpoint_activations": True, "mixed_ratios": True,
             "phases": [PHASE | {"objectives": {"reconstruct": 1, "continue": 1}, "selections": {"learned": 1}}],
         }  # fmt: skip
         lora = write("lora", "fsdp", STEPS, scratch, **options)
         train(lora, out=folder / "lora-one")
         options = {
-            "init": "one/model", "grow": True, "lookup": 0.5,
+            "init": "one/model", "plugins": [INSERT, READOUT, INDUCTION],
             "phases": [PHASE | {"objectives": {"stream": 1, "lm": 1}}],
-            "streams": {"tau": {8: 1}, "chunk": {8: 1}, "context": 16},
+            "streams": {"recent_window": {8: 1}, "chunk": {8: 1}, "context": 16},
         }  # fmt: skip
-        grown = write("grown", "fsdp", HALF, scratch, **options)
-        train(grown, out=folder / "grown-one")
+        extended = write("extended", "fsdp", HALF, scratch, **options)
+        train(extended, out=folder / "extended-one")
         for name in ("one-ddp", "one-fsdp"):
             shutil.copytree(folder / "half", folder / name)
         torchrun(
             f"{short}:{folder / 'fsdp-ddp'}", f"{ddp}:{folder / 'ddp'}", f"{fsdp}:{folder / 'fsdp'}",
             f"{ddp}:{folder / 'one-ddp'}", f"{fsdp}:{folder / 'one-fsdp'}", f"{short}:{folder / 'fsdp-one'}",
-            f"{ddp}:{folder / 'fsdp-ddp'}", f"{lora}:{folder / 'lora-fsdp'}", f"{grown}:{folder / 'grown-fsdp'}",
+            f"{ddp}:{folder / 'fsdp-ddp'}", f"{lora}:{folder / 'lora-fsdp'}", f"{extended}:{folder / 'extended-fsdp'}",
         )  # fmt: skip
         train(ddp, out=folder / "fsdp-one")
     return folder
@@ -91,7 +93,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def torchrun(*pairs: str) -> None:
     worker = Path(__file__).parent / "parallel_worker.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, sys.path))  # with what pytest put there
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     result = subprocess.run(
         [*command, *pairs], env=environment, capture_output=True, text=True, check=False, timeout=400
     )
@@ -109,7 +112,7 @@ def test_two_processes_follow_the_curve_of_one(runs: Path, name: str) -> None:
     one, two = (json.loads(log[-1]) for log in logs)
     assert two["held_out"]["lm_loss"] == pytest.approx(one["held_out"]["lm_loss"], abs=1e-3)
     trained = {key for line in logs[0] for key in json.loads(line) if key.startswith("loss_")}
-    assert trained == {f"loss_{objective}" for objective in OBJECTIVES}
+    assert trained == {f"loss_{name}" for name in (*OBJECTIVES, "readout")}
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
@@ -131,9 +134,11 @@ def test_adapters_of_a_frozen_base_are_sharded_and_recomputed(runs: Path) -> Non
     assert all(torch.equal(after[name], tensor.bfloat16()) for name, tensor in base.items())
 
 
-def test_a_layer_that_looks_up_is_sharded(runs: Path) -> None:
-    logs = [(runs / run / "compress" / "log.jsonl").read_text().splitlines() for run in ("grown-one", "grown-fsdp")]
-    for name, least in (("loss_lookup", HALF), ("loss_voice", 1)):
+def test_an_inserted_layer_is_sharded(runs: Path) -> None:
+    logs = [
+        (runs / run / "compress" / "log.jsonl").read_text().splitlines() for run in ("extended-one", "extended-fsdp")
+    ]
+    for name, least in (("loss_induction", HALF), ("loss_value_matching", 1)):
         one, two = ([record[name] for record in map(json.loads, log) if name in record] for log in logs)
         assert len(one) >= least and two == pytest.approx(one, abs=1e-4)
 

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Adapters = Literal["lora", "copies"]  # how a compressor is trained
-MemoryKind = Literal["nuggets", "pooled", "slots", "part"]
+MemoryKind = Literal["nuggets", "pooled"]
 SelectionName = Literal["learned", "window", "even", "random", "punctuation"]
 
 
@@ -27,7 +27,7 @@ class NuggetConfig(Frozen):
 
     Attributes:
         name: how errors and memory files call this model.
-        memory: what the model was trained to read; all but nuggets are baselines (nugget2d.baselines).
+        memory: what the model was trained to read; "pooled" is a baseline (nugget2d.pooled).
         adapters: "lora" = two low-rank adapters on a frozen base (the published form, Nugget2D section 3);
             "copies" = the base itself decodes, a full copy of its layers encodes (best for small bases);
             "none" = a plain LM: there is no compressor.

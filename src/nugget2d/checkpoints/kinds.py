@@ -10,7 +10,7 @@ from nugget2d.modeling.network import Network
 # "module:Class", imported when asked for: these modules build on this one
 CLASSES: dict[MemoryKind, str] = {
     "nuggets": "nugget2d.model:Nugget2D",
-    "pooled": "nugget2d.baselines.pooled:PooledMemory",
+    "pooled": "nugget2d.pooled:PooledMemory",
 }
 
 

@@ -109,10 +109,10 @@ def lm(
         corpora[name], digests[name] = read_documents(path, where)
     compressor = load_model(model)
     with safe_to_interrupt():
-        from nugget2d.baselines.pooled import PooledMemory
         from nugget2d.evaluation.streaming.run import LmSettings, run_lm
         from nugget2d.evaluation.streaming.tables import markdown
         from nugget2d.evaluation.streaming.text import articles
+        from nugget2d.pooled import PooledMemory
     pooled = None if compressive is None else PooledMemory.from_pretrained(compressive, device=compressor.device)
     settings = LmSettings(
         config=compressor.config,

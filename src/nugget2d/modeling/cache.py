@@ -5,7 +5,7 @@ Positions, the choice of this project:
   with each segment's keys rotated to where the segment stands in the text (`KeyRotation`).
 - Reconstruction REWINDS: the input that predicts token t of a segment stands at position t, so a token meets the
   nugget that carries it at a small, fixed relative distance. It learns faster than going on after the text
-  (docs/LOG.md).
+  (research/LOG.md).
 - Continuation goes on at n, as if the text were there.
 """
 

@@ -9,7 +9,7 @@ _INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 def has_fast_bfloat16(device: str) -> bool:
     """Whether a device of this type ("cpu", "cuda") multiplies bfloat16 itself.
 
-    A CPU that does not takes seven times as long for it as for float32 (docs/LOG.md).
+    A CPU that does not takes seven times as long for it as for float32 (research/LOG.md).
     """
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

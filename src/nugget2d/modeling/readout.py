@@ -3,10 +3,10 @@
 A rotary head can attend to a nugget at one relative distance only, so the value of head h at layer l is a slot for one
 token. Layer 0 sees just the nugget's own token; from layer 1 on, slot (l, h) is meant for the token
 (l - 1) * heads + h places before the nugget: L layers of H heads carry (L - 1) * H tokens. Left alone, training fills
-about one layer's worth (docs/LOG.md, the copy-span staircase); read-out loss and addressing make every layer carry its
-share.
+about one layer's worth (research/LOG.md, the copy-span staircase); research/readout_loss.py and
+research/relative_offset.py make every layer carry its share.
 
-Layers without positions are not counted: their heads find tokens by what they are (training/lookup.py).
+Layers without positions are not counted: their heads find tokens by what they are (research/induction_loss.py).
 """
 
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ def slot_layout(model: Network) -> SlotLayout:
     config = model.lm.config
     heads = config.num_attention_heads
     if not isinstance(roles, CopiedParameters) or config.num_key_value_heads != heads:
-        raise ModelError("slots (`readout`, `addressing`) need `adapters: copies` and one key-value head for each head")
+        raise ModelError("per-head token read-out needs `adapters: copies` and one key-value head for each head")
     decoder = list(find_layers(model.lm))
     encoder = list(find_layers(model.lm, roles.encoder))
     rotated = [number for number in range(len(decoder)) if number not in unrotated_layers(model.lm)]

@@ -1,8 +1,8 @@
 """The training loop: steps, mixed precision, checkpoints, resume, log, evaluation, progress.
 
 Whatever is trained is a `Task`. Every micro-batch draws from a generator seeded by (seed, step, micro-batch), so that a
-run resumed from a checkpoint goes on exactly as if it had never stopped. Several processes share out the micro-batches
-of each step: a run is the same run on any number of them.
+run resumed from a checkpoint continues exactly as if it had never stopped. Several processes share out the
+micro-batches of each step: a run is the same run on any number of them.
 """
 
 import json
@@ -45,20 +45,20 @@ class Task(Protocol):
         """Parameter groups for AdamW, each with its peak `lr`."""
 
     def loss(self, progress: float, shared: torch.Generator, own: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Loss of one fresh micro-batch, and figures for the log.
+        """Loss of one fresh micro-batch, and metrics for the log.
 
-        What the micro-batches of a step have in common is drawn from `shared`: which figures there are, and which
+        What the micro-batches of a step have in common is drawn from `shared`: which metrics there are, and which
         parts of the model run, for sharded processes must run them together. The rest is drawn from `own`.
         """
 
     def evaluate(self) -> dict[str, Any]:
-        """Figures on held-out text."""
+        """Metrics on held-out text."""
 
 
 def fit(task: Task, spread: Spread, folder: Path, *, seed: int, save_minutes: float, fresh: bool) -> None:
     """Train `task`, whose module is spread by `spread`, to the end of its budget.
 
-    Goes on from the checkpoint in `folder` if there is one. Writes checkpoint.pt (atomically), log.jsonl and loss.png
+    Resumes from the checkpoint in `folder` if there is one. Writes checkpoint.pt (atomically), log.jsonl and loss.png
     into `folder`; the first process does.
 
     Raises:
@@ -154,7 +154,7 @@ class _Run:
         factor = learning_rate_factor(self.step, self.progress, stage.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         mine = range(self.processes.rank, stage.accumulate, self.processes.count)
         for micro in mine:
             shared = self._generator(0)
@@ -163,15 +163,15 @@ class _Run:
                 loss, parts = self.spread.run(partial(self.task.loss, self.progress, shared, own))
             (loss / len(mine)).backward()
             for key, value in (parts | {"loss": float(loss.detach())}).items():
-                figures[key] = figures.get(key, 0.0) + value / len(mine)
-        figures = self.processes.mean(figures)
+                metrics[key] = metrics.get(key, 0.0) + value / len(mine)
+        metrics = self.processes.mean(metrics)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.spread.average_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, stage.optim.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {key: round(value, 5) for key, value in figures.items()} | {
+        return {key: round(value, 5) for key, value in metrics.items()} | {
             "lr": stage.optim.lr * factor,
             "grad_norm": round(float(norm), 4),
         }
@@ -199,7 +199,7 @@ class _Run:
             torch.save(state, file)
 
     def resume(self) -> None:
-        """Go on from the checkpoint, if there is one; log lines after it are dropped."""
+        """Resume from the checkpoint, if there is one; log lines after it are dropped."""
         path, log = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
         if not path.is_file():
             self.clear()

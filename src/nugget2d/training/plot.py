@@ -21,13 +21,13 @@ def plot_log(log: Path, picture: Path) -> None:
         return
     objectives = sorted({key for record in records for key in record if key.startswith("loss_")}) or ["loss"]
     held_out = [record for record in records if "held_out" in record]
-    figures = [key for key, value in held_out[0]["held_out"].items() if isinstance(value, float)] if held_out else []
+    metrics = [key for key, value in held_out[0]["held_out"].items() if isinstance(value, float)] if held_out else []
     figure = Figure(figsize=(9, 7), layout="constrained")
     losses, accuracies = figure.subplots(2, 1, sharex=True)
     for key in objectives:
         tokens, values = _series(records, key)
         losses.plot(tokens, _smooth(values), label=f"training, {key.removeprefix('loss_')}")
-    for key in figures:
+    for key in metrics:
         axes, style = (accuracies, "o-") if key.startswith("accuracy") else (losses, "o:")
         values = [record["held_out"][key] for record in held_out]
         label = key.replace("_", " ")

@@ -31,13 +31,13 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
-    def mean(self, figures: Mapping[str, float]) -> dict[str, float]:
-        """The mean of every figure over all processes; all must have the same ones."""
+    def mean(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The mean of every metric over all processes; all must have the same ones."""
         if self.count == 1:
-            return dict(figures)
-        values = torch.tensor(list(figures.values()), dtype=torch.float64, device=self.device)
+            return dict(metrics)
+        values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(values)
-        return dict(zip(figures, (values / self.count).tolist(), strict=True))
+        return dict(zip(metrics, (values / self.count).tolist(), strict=True))
 
 
 def alone() -> Processes:

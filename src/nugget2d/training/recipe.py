@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nugget2d.config import Adapters, Frozen, MemoryKind, SelectionName
 from nugget2d.errors import RecipeError
@@ -99,12 +99,16 @@ class PretrainStage(Stage):
     window: int = Field(default=128, ge=8)
 
 
+# how likely a value is drawn, beside the others
+Weight = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Length = Annotated[int, Field(ge=8)]
+Ratio = Annotated[float, Field(ge=1)]
+
 Objective = Literal["reconstruct", "uniform", "continue", "distill", "stream", "lm"]
-# baselines but these live in one process, for studies
-SAVED: tuple[MemoryKind, ...] = ("nuggets", "pooled")
 FROZEN = "a frozen base cannot learn plain LM: leave `lm` out of the objectives, or use copies"
-# of a compressor to go on from, these are settled
-SETTLED = ("base", "adapters", "lora_rank", "scorer_layer", "flag", "addressing")
+# a compressor that is trained further has settled these
+SETTLED = ("base", "adapters", "lora_rank", "scorer_layer", "flag")
 
 
 class Phase(Frozen):
@@ -112,8 +116,8 @@ class Phase(Frozen):
 
     Attributes:
         objectives: "reconstruct" is autoencoding of text, "uniform" of tokens drawn evenly from the vocabulary (text
-            shows rare tokens too seldom), "continue" goes on from memories, "distill" does so as the LM would from the
-            whole context, "stream" reads as `Nugget2D.stream` does, "lm" is plain language modelling.
+            shows rare tokens too seldom), "continue" predicts what follows a memory, "distill" does so as the LM would
+            after the full context, "stream" reads as `Nugget2D.stream` does, "lm" is plain language modelling.
         windows: segment lengths in tokens; streams have chunks of their own (`StreamConfig`).
         selections: policies; None takes the stage's own `selection` alone.
         segments: plain LM and the contexts of continuation and distillation are 1 .. `segments` windows long; a context
@@ -121,13 +125,13 @@ class Phase(Frozen):
     """
 
     start: float = Field(default=0.0, ge=0, lt=1, alias="from")
-    objectives: dict[Objective, Annotated[float, Field(gt=0)]] = Field(min_length=1)
-    windows: dict[Annotated[int, Field(ge=8)], Annotated[float, Field(gt=0)]] = Field(min_length=1)
-    selections: dict[SelectionName, Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
+    objectives: dict[Objective, Weight] = Field(min_length=1)
+    windows: dict[Length, Weight] = Field(min_length=1)
+    selections: dict[SelectionName, Weight] | None = Field(default=None, min_length=1)
     segments: int = Field(default=1, ge=1)
 
 
-Bounds = tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]]
+Bounds = tuple[Ratio, Ratio]
 
 
 class RatioConfig(Frozen):
@@ -149,18 +153,24 @@ class RatioConfig(Frozen):
 class StreamConfig(Frozen):
     """What streams look like in training; every step draws one of each, value -> weight.
 
+    `tau` and `reach` are former names of `recent_window` and `visible_segments`, still read.
+
     Attributes:
-        tau: whole tokens before a chunk.
+        recent_window: uncompressed tokens before a chunk (tau in the paper).
         chunk: tokens that leave the window at a time, to be compressed.
         ratio: tokens of a nugget; None takes the stage's `ratios`.
-        reach: how many chunks of nuggets are seen, as by a stream with `max_nuggets`; None shows all.
+        visible_segments: of how many chunks the nuggets are seen, as by a stream with `max_nuggets`; None shows all.
         context: about so many tokens become nuggets: as many chunks as it holds.
     """
 
-    tau: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]] = Field(default={128: 1.0}, min_length=1)
-    chunk: dict[Annotated[int, Field(ge=8)], Annotated[float, Field(gt=0)]] = Field(default={128: 1.0}, min_length=1)
-    ratio: dict[Annotated[float, Field(ge=1)], Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
-    reach: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
+    recent_window: dict[Count, Weight] = Field(
+        default={128: 1.0}, min_length=1, validation_alias=AliasChoices("recent_window", "tau")
+    )
+    chunk: dict[Length, Weight] = Field(default={128: 1.0}, min_length=1)
+    ratio: dict[Ratio, Weight] | None = Field(default=None, min_length=1)
+    visible_segments: dict[Count, Weight] | None = Field(
+        default=None, min_length=1, validation_alias=AliasChoices("visible_segments", "reach")
+    )
     context: int = Field(default=1024, ge=8)
 
     @model_validator(mode="after")
@@ -169,14 +179,35 @@ class StreamConfig(Frozen):
             raise ValueError(f"a chunk of {max(self.chunk)} tokens does not fit into a context of {self.context}")
         return self
 
-    def layout(self, tau: int, chunk: int, reach: int | None = None) -> Layout:
+    def layout(self, recent_window: int, chunk: int, visible_segments: int | None = None) -> Layout:
         """The text of one step."""
-        return Layout(tau=tau, chunk=chunk, views=self.context // chunk + 1, reach=reach)
+        return Layout(tau=recent_window, chunk=chunk, views=self.context // chunk + 1, reach=visible_segments)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text, and its head."""
-        return 1 + max(self.layout(tau, chunk).length for tau in self.tau for chunk in self.chunk)
+        """Tokens of the longest text, and its sink token."""
+        return 1 + max(self.layout(recent, chunk).length for recent in self.recent_window for chunk in self.chunk)
+
+
+class PluginSpec(Frozen):
+    """A plugin (plugins.py): the class by its import path, "package.module:Class"; all other keys are its options."""
+
+    model_config = ConfigDict(extra="allow")
+
+    use: str
+
+    @field_validator("use")
+    @classmethod
+    def _names_a_class(cls, use: str) -> str:
+        module, _, name = use.partition(":")
+        if not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+            raise ValueError('give the import path of a class, "package.module:Class"')
+        return use
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the class is made with."""
+        return dict(self.model_extra or {})
 
 
 class CompressStage(Stage):
@@ -184,21 +215,16 @@ class CompressStage(Stage):
 
     Attributes:
         base: folder or hub id of the LM; None takes the recipe's own, pre-trained or from scratch.
-        init: a trained compressor to go on from (bundled name, folder or hub id); it brings LM, tokenizer and all that
-            `SETTLED` names.
-        memory: what a text becomes: nuggets, or a baseline (see nugget2d.baselines); a compressor of nuggets can go on
-            as one of "pooled".
-        memory_layers: the layers, from 0, that memory "part" keeps.
+        init: a trained compressor to train further (bundled name, folder or hub id); it brings LM, tokenizer and all
+            that `SETTLED` names.
+        memory: what a text becomes: nuggets, or the baseline "pooled" (nugget2d.pooled), which a compressor of nuggets
+            can be trained further as.
         flag: add a learned vector to the input embedding of nuggets.
         phases: what is trained when; the first starts at 0.
         mixed_ratios: every row of a micro-batch draws its own ratio (not for streams); else a step draws one for all.
         target: tokens to predict in continuation.
         streams: what objective "stream" reads.
-        readout: weight of the slot read-out loss (readout.py); 0 turns it off.
-        addressing: start with attention biases that address slots by distance (addressing.py).
-        grow: of a trained compressor, one more layer that looks tokens up (growth.py).
-        lookup: weight of the losses that teach it to (lookup.py), at first: it falls to a fifth; 0 turns them off.
-        voice_from: from which part of the run on nuggets learn to say what whole tokens say, which first find out what.
+        plugins: additions to the model or its losses, in order (plugins.py).
         checkpoint_activations: run each layer again in the backward pass instead of keeping what it computed.
         offload_activations: keep what the backward pass needs in the host's memory.
     """
@@ -210,18 +236,13 @@ class CompressStage(Stage):
     scorer_layer: int = Field(default=1, ge=0)
     selection: SelectionName = "even"
     memory: MemoryKind = "nuggets"
-    memory_layers: tuple[int, ...] = ()
     flag: bool = True
     phases: tuple[Phase, ...] = Field(min_length=1)
     ratios: RatioConfig = RatioConfig()
     mixed_ratios: bool = False
     target: int = Field(default=64, ge=1)
     streams: StreamConfig = StreamConfig()
-    readout: float = Field(default=0.0, ge=0)
-    addressing: bool = False
-    grow: bool = False
-    lookup: float = Field(default=0.0, ge=0)
-    voice_from: float = Field(default=0.6, ge=0, le=1)
+    plugins: tuple[PluginSpec, ...] = ()
     checkpoint_activations: bool = False
     offload_activations: bool = False
 
@@ -230,14 +251,8 @@ class CompressStage(Stage):
         starts = [phase.start for phase in self.phases]
         if starts[0] or starts != sorted(set(starts)):
             raise ValueError(f"`phases` must begin with `from: 0` and go up, got {starts}")
-        if bool(self.memory_layers) != (self.memory == "part"):
-            raise ValueError("give `memory_layers`, the layers to keep, with `memory: part` and with nothing else")
         if self.init is not None and (given := [key for key in SETTLED if key in self.model_fields_set]):
             raise ValueError(f"`init` brings its own {', '.join(given)}: remove {'it' if len(given) == 1 else 'them'}")
-        if self.init is not None and self.memory not in SAVED:
-            raise ValueError(f"`init` cannot go on as `memory: {self.memory}`, only as one of {', '.join(SAVED)}")
-        if self.grow and self.init is None:
-            raise ValueError("`grow` goes on from a trained compressor: give `init`")
         if self.mixed_ratios and self.trains_streams:
             raise ValueError("`stream` reads rows of one ratio: leave it out of the objectives, or `mixed_ratios`")
         if self.init is None and self.adapters == "lora" and self.trains_lm:

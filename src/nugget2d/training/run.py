@@ -8,9 +8,6 @@ from rich.console import Console
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from nugget2d.baselines.part import PartMemory
-from nugget2d.baselines.pooled import PooledMemory
-from nugget2d.baselines.slots import SlotMemory
 from nugget2d.checkpoints.base import load_base
 from nugget2d.checkpoints.layout import TOKENIZER_FOLDER
 from nugget2d.checkpoints.load import load
@@ -20,25 +17,20 @@ from nugget2d.config import MemoryKind
 from nugget2d.errors import RecipeError
 from nugget2d.model import Nugget2D
 from nugget2d.modeling.precision import has_fast_bfloat16
-from nugget2d.training.addressing import address_slots
+from nugget2d.pooled import PooledMemory
 from nugget2d.training.corpus import Pack, make_pack
-from nugget2d.training.growth import grow
 from nugget2d.training.loop import fit
+from nugget2d.training.plugins import AuxiliaryLoss, load_plugins, memory_of
 from nugget2d.training.processes import Processes, alone, together
-from nugget2d.training.recipe import FROZEN, SAVED, CompressStage, Recipe, ShapeConfig, load_recipe
+from nugget2d.training.recipe import FROZEN, CompressStage, Recipe, ShapeConfig, load_recipe
 from nugget2d.training.spread import Replicas, Shards, Spread, whole
 from nugget2d.training.tasks import CompressTask, PretrainTask
 
-MEMORIES: dict[MemoryKind, type[Nugget2D]] = {
-    "nuggets": Nugget2D,
-    "pooled": PooledMemory,
-    "slots": SlotMemory,
-    "part": PartMemory,
-}
+MEMORIES: dict[MemoryKind, type[Nugget2D]] = {"nuggets": Nugget2D, "pooled": PooledMemory}
 
 
 def train(recipe_path: Path, *, out: Path | None = None, fresh: bool = False) -> Path:
-    """Run every stage of a recipe, going on from its checkpoints; returns the folder with the results.
+    """Run every stage of a recipe, resuming from its checkpoints; returns the folder with the results.
 
     The folder gets `pack/` (tokenizer and ids), `pretrain/` and `compress/` (log.jsonl, loss.png, checkpoint.pt),
     `base/` (the LM alone) and, after the compressor stage, `model/` for `Nugget2D.from_pretrained`.
@@ -53,11 +45,8 @@ def train(recipe_path: Path, *, out: Path | None = None, fresh: bool = False) ->
         ModelError: what it trains is of a kind that cannot be trained so.
     """
     recipe = load_recipe(recipe_path)
-    if recipe.compress is not None and recipe.compress.memory not in SAVED:
-        raise RecipeError(
-            f"`memory: {recipe.compress.memory}` is a baseline that cannot be saved; train it in a study "
-            "(benchmarks/studies.py)"
-        )
+    if recipe.compress is not None and (kind := memory_of(load_plugins(recipe.compress))):
+        raise RecipeError(f"{kind.__name__}, which a plugin brings, cannot be saved: train it in a study, or remove it")
     home = recipe_path.parent
     folder = out or home / recipe.out
     with together() as processes:
@@ -66,8 +55,8 @@ def train(recipe_path: Path, *, out: Path | None = None, fresh: bool = False) ->
             state = whole(model.state_dict(keep_vars=True), processes)
             if processes.first:
                 last = (folder / "compress" / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-                figures = json.loads(last)["held_out"]
-                save(model, folder / "model", torch.bfloat16, figures=figures, state=state)
+                metrics = json.loads(last)["held_out"]
+                save(model, folder / "model", torch.bfloat16, figures=metrics, state=state)
         processes.wait()
     return folder
 
@@ -96,6 +85,7 @@ def fit_recipe(
         ModelError: what it trains is of a kind that cannot be trained so.
     """
     processes = processes or alone()
+    plugins = [] if recipe.compress is None else load_plugins(recipe.compress)
     torch.manual_seed(recipe.seed)
     console = Console(stderr=True, quiet=not processes.first)
     device = processes.device.type
@@ -109,17 +99,20 @@ def fit_recipe(
     packs = Pack(pack / "train.bin"), Pack(pack / "held_out.bin")
     console.print(f"{len(packs[0]):,} training tokens, {len(packs[1]):,} held out")
     if recipe.compress is not None and recipe.compress.init is not None:
-        model = _trained(_local(recipe.compress.init, home), recipe.name, recipe.compress, packs[0], processes.device)
-        _choose_attention(model, device)
+        model = _trained(_local(recipe.compress.init, home), recipe.name, recipe.compress).to(processes.device)
     else:
         lm = _language_model(recipe, folder, tokenizer, packs, _base(recipe, home), processes, fresh)
         if recipe.compress is None:
             return None
-        model = _wrap(lm, tokenizer, recipe, recipe.compress, packs[0])
+        model = _wrap(lm, tokenizer, recipe.name, recipe.compress, memory_of(plugins))
+    for plugin in plugins:
+        model = plugin.prepare(model, packs[0])
+    _choose_attention(model, device)
     if device == "cuda":
         compile_blocks(model.parameters_by_role)
-    task = CompressTask(model, recipe.compress, *packs)
-    spread = _spread(model, recipe, processes, keep_layers=recipe.compress.readout + recipe.compress.lookup > 0)
+    task = CompressTask(model, recipe.compress, *packs, plugins)
+    keep_layers = any(isinstance(plugin, AuxiliaryLoss) for plugin in plugins)
+    spread = _spread(model, recipe, processes, keep_layers=keep_layers)
     fit(task, spread, folder / "compress", seed=recipe.seed, save_minutes=recipe.save_minutes, fresh=fresh)
     return model.eval()
 
@@ -194,18 +187,15 @@ def _language_model(
     return again
 
 
-def _trained(init: str, name: str, stage: CompressStage, text: Pack, device: torch.device) -> Nugget2D:
-    """The compressor to go on from, set to what it will have been trained on."""
-    model = load(MEMORIES[stage.memory], init).to(device)
-    if stage.grow:
-        model = grow(model, text)
+def _trained(init: str, name: str, stage: CompressStage) -> Nugget2D:
+    """The compressor that is trained further, its configuration that of what it will have been trained on."""
+    model = load(MEMORIES[stage.memory], init)
     if model.config.adapters == "lora" and stage.trains_lm:
         raise RecipeError(FROZEN)
     changes = {
         "name": name,
         "memory": stage.memory,
         "selection": stage.selection,
-        "slots": model.config.slots or stage.readout > 0,
         "window": max(model.config.window, stage.longest_window),
         "context": max(model.config.context, stage.longest_context),
     }
@@ -259,12 +249,17 @@ def make_lm(shape: ShapeConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForC
 
 
 def _wrap(
-    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stage: CompressStage, train: Pack
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    stage: CompressStage,
+    kind: type[Nugget2D] | None,
 ) -> Nugget2D:
-    model = MEMORIES[stage.memory].from_base(
+    """A fresh compressor; `kind`, if a plugin brings one, in place of the stage's."""
+    return (kind or MEMORIES[stage.memory]).from_base(
         lm,
         tokenizer,
-        name=recipe.name,
+        name=name,
         adapters=stage.adapters,
         lora_rank=stage.lora_rank,
         scorer_layer=stage.scorer_layer,
@@ -272,10 +267,4 @@ def _wrap(
         window=stage.longest_window,
         context=stage.longest_context,
         flag=stage.flag,
-        slots=stage.readout > 0,
     )
-    if isinstance(model, PartMemory):
-        model.keep(stage.memory_layers)
-    if stage.addressing:
-        address_slots(model, train.spread(32, min(model.config.window, 128)).to(model.device))
-    return model

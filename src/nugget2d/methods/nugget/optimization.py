@@ -2,7 +2,8 @@
 
 The weights stay as they are; each segment's own keys and values descend two losses. Reconstruction: of its own tokens.
 Continuation: what is predicted after the nuggets should be what the LM predicts after the text itself, on continuations
-that it makes up. Without the second, going on from a memory pays for giving it back; with it, it gains (docs/LOG.md).
+that it makes up. Without the second, going on from a memory pays for giving it back; with it, it gains
+(research/LOG.md).
 The states that are read at every step are those that would be kept (rounded to int8 or bfloat16, gradient straight
 through), so a segment stops at an accuracy that it really has.
 
@@ -24,7 +25,7 @@ from nugget2d.modeling.cache import Nuggets
 from nugget2d.modeling.losses import token_losses
 from nugget2d.modeling.network import Network
 
-# Adam's step, in units of a segment's typical state (docs/LOG.md has the trials).
+# Adam's step, in units of a segment's typical state (research/LOG.md has the trials).
 STEP = 0.06
 # Weight of the continuation loss; how many continuations are sampled, one looked at in each step, and their tokens.
 CONTINUATION = 1.0

@@ -1,0 +1,1 @@
+"""Memories to compare nuggets with; they are trained by studies and cannot be saved."""
