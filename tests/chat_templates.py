@@ -1,5 +1,6 @@
 """Chat templates as real models have them, and some that do what templates can do to a message."""
 
+import json
 from functools import cache
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -140,8 +141,6 @@ def sentencepiece(template: str | None = None) -> PreTrainedTokenizerFast:
 
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
     return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 

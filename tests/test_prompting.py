@@ -1,6 +1,7 @@
 """Conversations are fed as the tokenizer's own template has them, and what clients write stays text."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,18 @@ CASES = [(make, name) for make in TOKENIZERS for name in templates.TEMPLATES]
 # what occurs in templates, what they look at, parts of special tokens, whitespace at the ends, nothing
 _words = st.sampled_from(
     [
-        *("user", "assistant", "\n", " ", "", "Beans and peas.", "é😀", "/no_think", "<think>\nwhy\n</think>\n\nso", "\ue000"),
+        *(
+            "user",
+            "assistant",
+            "\n",
+            " ",
+            "",
+            "Beans and peas.",
+            "é😀",
+            "/no_think",
+            "<think>\nwhy\n</think>\n\nso",
+            "\ue000",
+        ),
         *("<", "<|im_", "end|>", "s>", "</", "[INST", "]"),
     ]
 )
@@ -233,7 +245,7 @@ def test_contents_are_found_where_they_stand(make: Make, name: str) -> None:
                 found += 1
                 assert conversation.text[slice(*span)] == message.text.strip()
         taken = sorted(span for span in spans if span is not None)
-        assert all(one[1] <= other[0] for one, other in zip(taken, taken[1:], strict=False))
+        assert all(one[1] <= other[0] for one, other in pairwise(taken))
         assert tokens_without(tokenizer, conversation, []) == conversation.ids
 
     check()

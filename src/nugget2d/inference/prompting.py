@@ -10,14 +10,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from nugget2d.errors import InputError
 from nugget2d.text.segmentation import require_utf8
-from nugget2d.text.special_tokens import SpecialTokens, Span, tokenize_part, unused_character
+from nugget2d.text.special_tokens import Span, SpecialTokens, tokenize_part, unused_character
 
 # without a template, where the model would continue with the next question by itself
 PLAIN_STOP = "\nuser:"
@@ -146,9 +146,14 @@ def stop_tokens(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> f
     return frozenset({*tokens, _end_of_turn(tokenizer)} - {None})
 
 
+def plain_text(messages: Sequence[Message]) -> str:
+    """Messages where there is no chat template: a line `role: text` for each, then `assistant:`."""
+    return "".join(f"{message.role}: {message.text}\n" for message in messages) + "assistant:"
+
+
 def _rendering(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: bool = True) -> str:
     if not tokenizer.chat_template:
-        return "".join(f"{message.role}: {message.text}\n" for message in messages) + "assistant:"
+        return plain_text(messages)
     turns = [{"role": message.role, "content": message.text} for message in messages]
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
@@ -221,4 +226,4 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     after = text.rpartition(mark)[2].lstrip()
     token = next((token for token in SpecialTokens(tokenizer).strings if after.startswith(token)), None)
-    return None if token is None else tokenizer.convert_tokens_to_ids(token)
+    return None if token is None else cast(int, tokenizer.convert_tokens_to_ids(token))

@@ -48,11 +48,11 @@ class IncrementalDetokenizer:
         self._held = self._held[count:]
         return text
 
-    def _text(self, ids: Sequence[int]) -> str:
+    def _text(self, ids: list[int]) -> str:
         """The text of `ids` as they continue the last tokens."""
         return self._decode([*self._before, *ids])[len(self._before_text) :]
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
