@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
 from nugget2d.errors import RecipeError
-from nugget2d.inference.reading import join_rows
+from nugget2d.inference.placement import join_rows
 from nugget2d.model import Nugget2D
 from nugget2d.modeling.cache import Nuggets
 from nugget2d.modeling.hooks import inputs_of

@@ -1,5 +1,6 @@
 """Continuous batching: every answer is what it would be alone, and nobody waits for another."""
 
+import math
 import queue
 import time
 from collections.abc import Callable, Iterator
@@ -7,21 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
 from nugget2d import Memory, Nugget2D
-from nugget2d.errors import InputError, OverloadError, ShutdownError, TimeLimitError
-from nugget2d.inference.prefix import text_nuggets
+from nugget2d.errors import InputError, ModelError, OverloadError, ShutdownError, TimeLimitError
+from nugget2d.inference.prefix import prefix
+from nugget2d.inference.prompting import stop_tokens
 from nugget2d.inference.sampling import Sampler
 from nugget2d.modeling.cache import Nuggets
-from nugget2d.server import batch, engine, jobs
+from nugget2d.server import batch, compression, engine, jobs
+from nugget2d.server.batch_cache import BatchCache
 from nugget2d.server.engine import Engine
-from nugget2d.server.jobs import Compression, Event, Failed, Finished, Generation, Made, Text
-from nugget2d.server.slots import Slots
+from nugget2d.server.events import ContextSize, Event, Failed, Finished, Made, Text
+from nugget2d.server.jobs import Compression, Generation
 from nugget2d.text.detokenizer import Transcript
-from nugget2d.text.segmentation import REPLACEMENT, split
+from nugget2d.text.segmentation import split
+from test_sampling import LOGITS, SEEDS, TEMPERATURES, TOP_PS
 
 PROMPTS = ["The keeper", "Seven, he would say to the dog", " and", "In winter the road was closed " * 3]
 # what differs for a padded batch: two weight sets on one base, sliding windows, learned positions, part of a head
@@ -33,18 +37,21 @@ Start = Callable[..., Engine]
 class Client:
     """Sends one job and collects what comes."""
 
+    ends = staticmethod(lambda model: stop_tokens(model.lm.generation_config, model.tokenizer))
+
     def __init__(self, model: Nugget2D, prompt: str = "The keeper", memory: Memory | None = None, **options: Any):
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.prompt, self.memory = prompt, memory
         ids = (model.ids(prompt) if memory is None else model.ids_after(prompt))[0].tolist()
-        if memory is None and model.start_token is not None and not options.get("head"):
+        if memory is None and model.start_token is not None and not options.get("prefix"):
             ids = [model.start_token, *ids]
-        sampler = Sampler(
-            *(options.pop(name, default) for name, default in [("temperature", 0), ("top_p", 1), ("seed", 0)])
-        )
+        drawing = {name: options.pop(name) for name in ("temperature", "top_p", "seed") if name in options}
+        sampler = options.pop("sampler", None) or Sampler(**{"seed": 0} | drawing)
         transcript = Transcript(model.tokenizer, options.pop("stop", ()))
-        options = {"max_new_tokens": 12, "seconds": 60, "emit": self.events.put} | options
-        self.job = Generation(ids, memory=memory, sampler=sampler, transcript=transcript, **options)
+        defaults = {"max_new_tokens": 12, "seconds": 60, "emit": self.events.put, "ends": Client.ends(model)}
+        self.job = options.pop("job", Generation)(
+            ids, memory=memory, sampler=sampler, transcript=transcript, **defaults | options
+        )
 
     def result(self) -> list[Event]:
         """All events, up to the last."""
@@ -75,8 +82,8 @@ class Client:
 def start() -> Iterator[Start]:
     engines: list[Engine] = []
 
-    def make(model: Nugget2D, slots: int = 8, queue: int = 64, **options: Any) -> Engine:
-        engines.append(Engine(model, slots=slots, queue=queue, **options))
+    def make(model: Nugget2D, max_num_seqs: int = 8, queue: int = 64, **options: Any) -> Engine:
+        engines.append(Engine(model, max_num_seqs=max_num_seqs, queue=queue, **options))
         return engines[-1]
 
     yield make
@@ -87,7 +94,7 @@ def start() -> Iterator[Start]:
 @pytest.fixture
 def endless(monkeypatch: pytest.MonkeyPatch) -> None:
     """No token ends an answer before its last, however fast the machine is."""
-    monkeypatch.setattr(jobs, "end_tokens", lambda model: frozenset())
+    monkeypatch.setattr(Client, "ends", lambda model: frozenset())
 
 
 @pytest.mark.parametrize(("kind", "adapters"), KINDS)
@@ -106,7 +113,7 @@ def test_answers_side_by_side_are_those_of_generate(kind: str, adapters: str, st
         for client in clients
     ]
     assert len(set(wanted)) == len(wanted)
-    made = start(model, slots=5)
+    made = start(model, max_num_seqs=5)
     for client in clients:
         made.submit(client.job)
     assert [client.text() for client in clients] == wanted
@@ -142,51 +149,6 @@ def test_a_seed_gives_the_same_answer_whoever_is_beside_it(llama: Nugget2D, star
     assert ask(3, top_p=1e-6).text() == llama.generate("The keeper", max_new_tokens=20)
 
 
-def test_sampling_follows_the_distribution() -> None:
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-
-    def shares(temperature: float, top_p: float) -> list[float]:
-        sampler = Sampler(temperature, top_p, seed=1)
-        counts = torch.bincount(torch.tensor([sampler.choose(logits) for _ in range(1200)]), minlength=4)
-        return (counts / 1200).tolist()
-
-    assert shares(1, 1) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.05)
-    assert shares(1, 0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.05)
-    assert shares(1, 0.5)[0] == 1
-    assert shares(0.5, 1) == pytest.approx([0.685, 0.247, 0.062, 0.007], abs=0.05)
-    assert shares(1e-40, 1)[0] == 1
-
-
-@given(
-    st.text(alphabet="ab €😀\n", max_size=30), st.lists(st.text(alphabet="ab €😀", min_size=1, max_size=3), max_size=2)
-)
-def test_text_comes_whole_and_ends_before_a_stop_string(text: str, stops: list[str]) -> None:
-    """However tokens cut it; a byte-level tokenizer cuts within characters."""
-    transcript = Transcript(tiny.tokenizer(), stops)
-    pieces = []
-    for byte in tiny.tokenizer()(text)["input_ids"] if text else []:
-        pieces.append(transcript.push(byte))
-        if transcript.stopped:
-            break
-    assert not any(REPLACEMENT in piece for piece in pieces)
-    shown = "".join(pieces) + transcript.finish()
-    ends = [text.find(stop) for stop in stops if stop in text]
-    if not ends:
-        assert shown == text
-    else:
-        assert transcript.stopped
-        # of two stop strings the one that is complete first counts, unless one token completes both
-        assert text.startswith(shown)
-        assert any(text[len(shown) :].startswith(stop) for stop in stops)
-        assert not any(stop in shown for stop in stops)
-
-
-def test_an_unfinished_character_at_the_end_is_shown() -> None:
-    transcript = Transcript(tiny.tokenizer())
-    first = tiny.tokenizer()("😀")["input_ids"][0]
-    assert (transcript.push(first), transcript.finish()) == ("", REPLACEMENT)
-
-
 def test_stop_strings_end_answers(llama: Nugget2D, start: Start) -> None:
     whole = llama.generate("The keeper", max_new_tokens=12)
     made = start(llama)
@@ -200,6 +162,7 @@ def test_stop_strings_end_answers(llama: Nugget2D, start: Start) -> None:
 @pytest.mark.usefixtures("endless")
 def test_long_work_does_not_hold_up_answers(llama: Nugget2D, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "TURN", 16)
+    monkeypatch.setattr(compression, "TURN", 16)
     monkeypatch.setattr(engine, "WORK_SECONDS", 0)
     events: list[str] = []
     made = start(llama, on_step=lambda answers: events.append("step"))
@@ -228,7 +191,7 @@ def test_long_work_does_not_hold_up_answers(llama: Nugget2D, start: Start, monke
 
 
 def test_a_compression_is_that_of_compress(llama: Nugget2D, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "TURN", 2 * llama.config.window)
+    monkeypatch.setattr(compression, "TURN", 2 * llama.config.window)
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     pieces = split(llama.tokenizer, tiny.TEXT, llama.config.window)
     start(llama).submit(Compression(pieces, 5, "int8", emit=events.put, seconds=60))
@@ -240,18 +203,18 @@ def test_a_compression_is_that_of_compress(llama: Nugget2D, start: Start, monkey
         assert torch.allclose(mine.restore(), theirs.restore(), atol=0.05)
 
 
-def test_a_compressed_head_reads_as_a_memory(llama: Nugget2D, start: Start) -> None:
-    stored, head = llama.compress(tiny.TEXT[:200], ratio=3, dtype="int8", exact=True), tiny.TEXT[200:500]
-    pieces = split(llama.tokenizer, head, llama.config.window)
+def test_a_compressed_prefix_reads_as_a_memory(llama: Nugget2D, start: Start) -> None:
+    stored, prefix = llama.compress(tiny.TEXT[:200], ratio=3, dtype="int8", exact=True), tiny.TEXT[200:500]
+    pieces = split(llama.tokenizer, prefix, llama.config.window)
     made = start(llama)
-    memory = llama.compress(head, ratio=4)
-    client = Client(llama, "The sea", head=pieces, head_ratio=4)
+    memory = llama.compress(prefix, ratio=4)
+    client = Client(llama, "The sea", prefix=pieces, prefix_ratio=4)
     made.submit(client.job)
     assert client.text() == llama.generate("The sea", memory=memory, max_new_tokens=12)
-    both = Client(llama, "The sea", stored, head=pieces, head_ratio=4)
+    both = Client(llama, "The sea", stored, prefix=pieces, prefix_ratio=4)
     made.submit(both.job)
     context = both.events.get(timeout=60)
-    assert context == jobs.Context(
+    assert context == ContextSize(
         tokens=stored.num_tokens + memory.num_tokens + len(llama.ids_after("The sea")[0]),
         stored=stored.num_tokens,
         nuggets=stored.num_nuggets + memory.num_nuggets,
@@ -261,7 +224,7 @@ def test_a_compressed_head_reads_as_a_memory(llama: Nugget2D, start: Start) -> N
     assert both.text()
 
 
-def test_one_rotation_serves_engines_that_number_slots(llama: Nugget2D) -> None:
+def test_one_rotation_serves_engines_that_number_cache_entries(llama: Nugget2D) -> None:
     """Read from position k with all keys turned back by n - k, a memory says what it says from position n."""
     memory = llama.compress(tiny.TEXT[:200], ratio=4)
     nuggets, end = text_nuggets(llama, memory)
@@ -277,8 +240,8 @@ def test_one_rotation_serves_engines_that_number_slots(llama: Nugget2D) -> None:
 
 
 @pytest.mark.usefixtures("endless")
-def test_a_cancelled_job_leaves_its_slot(llama: Nugget2D, start: Start) -> None:
-    made = start(llama, slots=1)
+def test_a_cancelled_job_leaves_its_sequence_slot(llama: Nugget2D, start: Start) -> None:
+    made = start(llama, max_num_seqs=1)
     first, second, third = Client(llama, max_new_tokens=3000), Client(llama), Client(llama)
     for client in (first, second, third):
         made.submit(client.job)
@@ -293,7 +256,7 @@ def test_a_cancelled_job_leaves_its_slot(llama: Nugget2D, start: Start) -> None:
 
 @pytest.mark.usefixtures("endless")
 def test_what_cannot_wait_is_refused(llama: Nugget2D, start: Start) -> None:
-    made = start(llama, slots=1, queue=1)
+    made = start(llama, max_num_seqs=1, queue=1)
     running, waiting = Client(llama, max_new_tokens=3000), Client(llama)
     made.submit(running.job)
     running.wait_for_text()
@@ -307,7 +270,7 @@ def test_what_cannot_wait_is_refused(llama: Nugget2D, start: Start) -> None:
 
 @pytest.mark.usefixtures("endless")
 def test_time_limits_hold_for_those_who_run_and_who_wait(llama: Nugget2D, start: Start) -> None:
-    made = start(llama, slots=1)
+    made = start(llama, max_num_seqs=1)
     running, waiting = Client(llama, max_new_tokens=3000, seconds=0.5), Client(llama, seconds=0.3)
     made.submit(running.job)
     made.submit(waiting.job)
@@ -336,7 +299,7 @@ def test_a_failure_is_its_own(start: Start, monkeypatch: pytest.MonkeyPatch) -> 
         made.submit(broken.job)
         assert "no memory" in str(broken.error())
     with monkeypatch.context() as patch:
-        patch.setattr(Slots, "row", out_of_memory)  # no room in the batch
+        patch.setattr(BatchCache, "row", out_of_memory)  # no room in the batch
         homeless = Client(model)
         made.submit(homeless.job)
         assert "no memory" in str(homeless.error())
@@ -346,7 +309,7 @@ def test_a_failure_is_its_own(start: Start, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("endless")
 def test_closing_fails_what_is_not_done(llama: Nugget2D) -> None:
-    made = Engine(llama, slots=1, queue=5)
+    made = Engine(llama, max_num_seqs=1, queue=5)
     running, waiting = Client(llama, max_new_tokens=3000), Client(llama)
     made.submit(running.job)
     made.submit(waiting.job)
@@ -356,3 +319,105 @@ def test_closing_fails_what_is_not_done(llama: Nugget2D) -> None:
     assert isinstance(waiting.error(), ShutdownError)
     with pytest.raises(ShutdownError):
         made.submit(Client(llama).job)
+
+
+# ---- one job's trouble ----
+
+
+class Hostile(Sampler):
+    """Sees logits of its own."""
+
+    def __init__(self, value: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.value = value
+
+    def choose(self, logits: torch.Tensor) -> int:
+        return super().choose(torch.full_like(logits, self.value))
+
+
+def test_no_numbers_of_one_job_touch_another(llama: Nugget2D, start: Start) -> None:
+    """All sampling parameters at their extremes, side by side with an answer that stays what it is alone."""
+    made = start(llama)
+    wanted = llama.generate("The keeper", max_new_tokens=20)
+    temperatures, values = st.sampled_from(TEMPERATURES), st.sampled_from([*LOGITS, math.nan])
+    top_ps, seeds = st.sampled_from(TOP_PS), st.sampled_from(SEEDS)
+    hostile = st.builds(Hostile, values, temperature=temperatures, top_p=top_ps, seed=seeds)
+    harmless = st.builds(Sampler, temperatures, top_ps, seeds)
+
+    @settings(max_examples=25)
+    @given(st.lists(hostile | harmless, min_size=1, max_size=3))
+    def check(samplers: list[Sampler]) -> None:
+        bystander = Client(llama, max_new_tokens=20)
+        others = [Client(llama, " and", sampler=sampler, max_new_tokens=6) for sampler in samplers]
+        for client in [*others, bystander]:
+            made.submit(client.job)
+        assert bystander.text() == wanted
+        for client, sampler in zip(others, samplers, strict=True):
+            damaged = isinstance(sampler, Hostile) and (math.isnan(sampler.value) or sampler.value == -math.inf)
+            ended = client.result()[-1]
+            assert isinstance(ended, Failed if damaged else Finished)
+
+    check()
+
+
+@pytest.mark.parametrize("part", ["sampler", "transcript"])
+def test_a_failure_in_the_middle_of_one_answer_is_its_own(
+    part: str, llama: Nugget2D, start: Start, endless: None
+) -> None:
+    made = start(llama)
+    wanted = Client(llama, max_new_tokens=40)
+    made.submit(wanted.job)
+    alone = wanted.text()
+    broken, bystander = Client(llama, " and", max_new_tokens=3000), Client(llama, max_new_tokens=40)
+    made.submit(broken.job)
+    broken.wait_for_text()
+    made.submit(bystander.job)
+    bystander.wait_for_text()
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("broken")
+
+    for name in ("choose", "push"):
+        setattr(getattr(broken.job, f"_{part}"), name, fail)
+    assert "broken" in str(broken.error())
+    rest = bystander.text()
+    assert rest and alone.endswith(rest)
+    after = Client(llama, max_new_tokens=40)
+    made.submit(after.job)
+    assert after.text() == alone
+
+
+class Damaged(Generation):
+    """Reads states that are not numbers."""
+
+    def work(self, model: Nugget2D) -> Iterator[int]:
+        yield from super().work(model)
+        for buffer in (buffer for buffers in self.cache._buffers for buffer in buffers):
+            buffer.fill_(math.nan)
+
+
+def test_states_that_are_not_numbers_stay_in_their_own_answer(llama: Nugget2D, start: Start) -> None:
+    """Nor does a later answer see them, in the row that they leave."""
+    made = start(llama)
+    for _ in range(2):
+        clients = [Client(llama, job=Damaged), Client(llama), Client(llama, "Seven")]
+        for client in clients:
+            made.submit(client.job)
+        assert isinstance(clients[0].error(), ModelError)
+        for client in clients[1:]:
+            assert client.text() == llama.generate(client.prompt, max_new_tokens=12)
+
+
+def test_a_row_that_is_left_is_empty() -> None:
+    cache = BatchCache()
+    for value, length in [(math.nan, 6), (1.0, 2), (2.0, 3)]:
+        states = torch.full((1, 2, length, 4), value)
+        cache.add([states], [states], 8)
+    cache.drop(0)
+    cache.drop(1)
+    states = torch.full((1, 2, 1, 4), 3.0)
+    cache.add([states], [states], 8)
+    keys, values = cache.update(*[torch.full((2, 2, 5, 4), 7.0)] * 2, 0)
+    for buffer in (keys, values):
+        assert buffer[0, 0, :, 0].tolist() == [2.0, 2, 2, 7, 7, 7, 7, 7]
+        assert buffer[1, 0, :, 0].tolist() == [3.0, 7, 7, 7, 7, 7, 0, 0]

@@ -101,7 +101,9 @@ def test_nuggets_have_scores_whether_or_not_the_selection_looks(model: Nugget2D,
     memory = model.compress(TEXT, ratio=5, selection=selection)
     everything = model.compress(TEXT, ratio=1, selection="learned")
     scores = dict(zip(everything.positions, everything.scores.tolist(), strict=True))
-    shown = {nugget.position: nugget.score for mark in inspect_text(model, TEXT, memory).marks for nugget in mark.nuggets}
+    shown = {
+        nugget.position: nugget.score for mark in inspect_text(model, TEXT, memory).marks for nugget in mark.nuggets
+    }
     assert shown == pytest.approx({position: scores[position] for position in memory.positions}, abs=1e-5)
 
 

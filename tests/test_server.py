@@ -1,5 +1,6 @@
 """The HTTP interface, as the official client and others see it."""
 
+import copy
 import json
 import socket
 import threading
@@ -12,10 +13,12 @@ import httpx
 import openai
 import pytest
 
+import chat_templates as templates
 import tiny
 from nugget2d import Nugget2D
-from nugget2d.inference.prompting import Message, Part, conversation, fit
+from nugget2d.inference.prompting import Message, render
 from nugget2d.server import batch
+from nugget2d.server.fitting import fit_conversation, fit_text
 from nugget2d.server.settings import Keys
 from serving import Running, serving
 
@@ -46,7 +49,7 @@ def soon(condition: Callable[[], bool]) -> bool:
 
 
 def idle(server: Running) -> bool:
-    """Whether every slot becomes free soon."""
+    """Whether every sequence slot becomes free soon."""
     return soon(lambda: server.service.engine.num_running == 0)
 
 
@@ -122,25 +125,71 @@ def test_a_chat_without_template_is_lines_of_roles(server: Running, llama: Nugge
         )
     )
     assert "".join(chunk.choices[0].delta.content for chunk in chunks) == wanted
-    assert conversation(llama.tokenizer, [Message("user", "Hi")])[1] == ["\nuser:"]
+    assert render(llama.tokenizer, [Message("user", "Hi")]).stop == ("\nuser:",)
 
 
-TEMPLATE = (
-    f"{{% for m in messages %}}{tiny.END}{{{{ m.role + '\\n' + m.content }}}}{{% endfor %}}"
-    f"{tiny.END}assistant{{{{ '\\n' }}}}"
-)
+@pytest.fixture(scope="module")
+def chatting() -> Nugget2D:
+    """A model whose tokenizer has a chat template."""
+    tokenizer = templates.byte_level(templates.CHATML)
+    return Nugget2D.from_base(tiny.lm("llama", vocab_size=len(tokenizer)), tokenizer, lora_rank=4, window=tiny.WINDOW)
 
 
-def test_a_chat_template_has_special_tokens_and_its_clients_have_not() -> None:
-    tokenizer = tiny.make().tokenizer.__class__(tokenizer_object=tiny.tokenizer().backend_tokenizer, eos_token=tiny.END)
-    tokenizer.chat_template = TEMPLATE
-    parts, stop = conversation(tokenizer, [Message("user", f"a{tiny.END}b"), Message("assistant", "c")])
-    rendered = f"{tiny.END}user\na{tiny.END}b{tiny.END}assistant\nc{tiny.END}assistant\n"
-    assert "".join(part.text for part in parts) == rendered
-    assert stop == []
-    prompt = fit(tokenizer, parts, 1000, 32, after=False)
-    assert prompt.ids.count(tokenizer.eos_token_id) == 3
-    assert tokenizer.decode(prompt.ids) == rendered
+def test_a_chat_is_read_as_its_template_has_it(chatting: Nugget2D, tmp_path: Path) -> None:
+    messages = [
+        {"role": "user", "content": "Beans</s> <|im_end|>?"},
+        {"role": "assistant", "content": " Both "},
+    ]
+    ids = render(chatting.tokenizer, [Message(turn["role"], turn["content"]) for turn in messages]).ids
+    with serving(chatting, tmp_path) as server:
+        read: list[list[int]] = []
+        embed = server.service._model.embed
+        server.service._model.embed = lambda given: (read.append(given.flatten().tolist()), embed(given))[1]
+        answer = server.client().chat.completions.create(model="tiny", messages=messages, max_tokens=6, temperature=0)
+    assert [token for given in read for token in given][: len(ids)] == ids
+    assert answer.usage.prompt_tokens == answer.usage.prompt_tokens_details.whole_tokens == len(ids)
+
+
+def test_messages_that_a_template_refuses_are_a_bad_request(chatting: Nugget2D, tmp_path: Path) -> None:
+    model = copy.copy(chatting)
+    model.tokenizer = templates.byte_level(templates.MISTRAL_V3)
+    with serving(model, tmp_path) as server, pytest.raises(openai.BadRequestError, match="roles must alternate"):
+        messages = [{"role": "user", "content": "Hi"}] * 2
+        server.client().chat.completions.create(model="tiny", messages=messages, max_tokens=6)
+
+
+def test_a_long_chat_keeps_its_template_uncompressed(chatting: Nugget2D, tmp_path: Path) -> None:
+    """What is compressed is text of messages and nothing else: no special token becomes letters."""
+    texts = [tiny.TEXT[:300], "I see </s>.", tiny.TEXT[300:420] + "\n", "Yes.", tiny.TEXT[420:600] + " Why?"]
+    messages = [Message(("user", "assistant")[place % 2], text) for place, text in enumerate(texts)]
+    tokenizer = chatting.tokenizer
+    conversation = render(tokenizer, messages)
+    prompt = fit_conversation(tokenizer, messages, 240, tiny.WINDOW)
+    prefix = "".join(piece.text for piece in prompt.prefix)
+    assert len(prompt.ids) <= 240 < len(conversation.ids)
+    assert prefix.startswith(f"{texts[0]}\nI see </s>.\n{texts[2].strip()}\nYes.\n") and "im_start" not in prefix
+    specials = [token for token in conversation.ids if token in tokenizer.all_special_ids]
+    assert [token for token in prompt.ids if token in tokenizer.all_special_ids] == specials
+    kept = tokenizer.decode(prompt.ids)
+    assert kept.endswith(" Why?<|im_end|>\n<|im_start|>assistant\n")
+    rest = texts[4].removeprefix(prefix.rpartition("Yes.\n")[2])
+    assert len(rest) < len(texts[4]) and kept.endswith(f"<|im_start|>user\n{rest}<|im_end|>\n<|im_start|>assistant\n")
+    with serving(chatting, tmp_path, max_context=240) as server:
+        asked = [{"role": message.role, "content": message.text} for message in messages]
+        usage = server.client().chat.completions.create(model="tiny", messages=asked, max_tokens=6).usage
+    details = usage.prompt_tokens_details
+    assert details.whole_tokens == len(prompt.ids) and details.nuggets > 0
+
+
+def test_a_long_chat_that_cannot_be_split_is_refused(chatting: Nugget2D, tmp_path: Path) -> None:
+    model = copy.copy(chatting)
+    model.tokenizer = templates.byte_level(templates.TWICE)
+    ask = {"model": "tiny", "messages": [{"role": "user", "content": tiny.TEXT[:300]}], "max_tokens": 4}
+    with serving(model, tmp_path, max_context=64) as server:
+        with pytest.raises(openai.BadRequestError, match="too long for max_context"):
+            server.client().chat.completions.create(**ask)
+        ask["messages"][0]["content"] = "Hi"
+        assert server.client().chat.completions.create(**ask).usage.prompt_tokens < 64
 
 
 def test_what_is_too_long_is_compressed_but_for_its_end(llama: Nugget2D, tmp_path: Path) -> None:
@@ -149,10 +198,10 @@ def test_what_is_too_long_is_compressed_but_for_its_end(llama: Nugget2D, tmp_pat
         answer = server.client().completions.create(model="tiny", prompt=text, max_tokens=8, temperature=0)
     whole = answer.usage.prompt_tokens_details.whole_tokens
     assert 0 < whole <= 32
-    prompt = fit(llama.tokenizer, [Part(text)], 64, llama.config.window, after=False)
-    head, tail = "".join(piece.text for piece in prompt.head), llama.text(prompt.ids)
-    assert head + tail == text and len(prompt.ids) == whole
-    memory = llama.compress(head, ratio=4)
+    prompt = fit_text(llama.tokenizer, text, 64, llama.config.window, after=False)
+    prefix, tail = "".join(piece.text for piece in prompt.prefix), llama.text(prompt.ids)
+    assert prefix + tail == text and len(prompt.ids) == whole
+    memory = llama.compress(prefix, ratio=4)
     assert answer.choices[0].text == llama.generate(tail, memory=memory, max_new_tokens=8)
     assert answer.usage.prompt_tokens_details.nuggets == memory.num_nuggets
     assert answer.usage.prompt_tokens == memory.num_tokens + whole
@@ -337,7 +386,7 @@ def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("slowly")
 def test_a_full_queue_answers_429(llama: Nugget2D, tmp_path: Path) -> None:
-    with serving(llama, tmp_path, slots=1, queue=0) as server:
+    with serving(llama, tmp_path, max_num_seqs=1, queue=0) as server:
         with server.client().completions.create(**LONG, stream=True) as stream:
             next(iter(stream))
             response = server.http().post("/v1/completions", json=LONG)
@@ -348,8 +397,8 @@ def test_a_full_queue_answers_429(llama: Nugget2D, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("slowly")
-def test_a_client_who_leaves_frees_its_slot(llama: Nugget2D, tmp_path: Path) -> None:
-    with serving(llama, tmp_path, slots=1) as server:
+def test_a_client_who_leaves_frees_its_sequence_slot(llama: Nugget2D, tmp_path: Path) -> None:
+    with serving(llama, tmp_path, max_num_seqs=1) as server:
         with server.http() as http, http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as response:
             next(response.iter_raw())
         assert idle(server)
@@ -359,7 +408,7 @@ def test_a_client_who_leaves_frees_its_slot(llama: Nugget2D, tmp_path: Path) -> 
 
 
 def test_a_client_who_does_not_read_blocks_nobody(llama: Nugget2D, tmp_path: Path) -> None:
-    with serving(llama, tmp_path, slots=2, max_tokens=4000) as server:
+    with serving(llama, tmp_path, max_num_seqs=2, max_tokens=4000) as server:
         body = json.dumps(LONG | {"max_tokens": 4000, "stream": True}).encode()
         head = (
             b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"

@@ -124,7 +124,9 @@ def test_addresses_have_no_seams(llama: Nugget2D) -> None:
 def test_a_training_free_memory_has_one_address_for_every_wrapper_of_the_base() -> None:
     one, other = tiny.trained("llama", "lora", 0), tiny.make("llama", "lora", 0)
     free, trained = ({"method": "knorm"}, {"method": "nugget2d"})
-    addresses = [[CompressOptions.of(model, **how).address(TEXT, model) for model in (one, other)] for how in (free, trained)]
+    addresses = [
+        [CompressOptions.of(model, **how).address(TEXT, model) for model in (one, other)] for how in (free, trained)
+    ]
     assert addresses[0][0] == addresses[0][1]
     assert addresses[1][0] != addresses[1][1]
 
@@ -142,7 +144,12 @@ def test_settings_are_those_that_compress_would_take(llama: Nugget2D) -> None:
     assert of(llama) == of(llama, method="nugget2d", ratio=20, selection="learned", dtype="float32")
     assert of(llama, target_accuracy=0.9).ratio is None
     assert of(llama, target_accuracy=0.9, optimize_steps=3).ratio == 20
-    for asked in ({}, {"target_accuracy": 0.5}, {"method": "knorm", "nuggets": 7}, {"ratio": 3.0, "exact": True, "dtype": "bfloat16"}):
+    for asked in (
+        {},
+        {"target_accuracy": 0.5},
+        {"method": "knorm", "nuggets": 7},
+        {"ratio": 3.0, "exact": True, "dtype": "bfloat16"},
+    ):
         direct = llama.compress(TEXT, **asked)
         assert of(llama, **asked).compress(llama, [TEXT])[0].checksum == direct.checksum
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nugget2d.checkpoints.pretrained import load_base
+from nugget2d.checkpoints.base import load_base
 from nugget2d.evaluation.report import markdown_table, write_report
 from nugget2d.evaluation.windows import sample_windows
 from nugget2d.text.segmentation import tokenize

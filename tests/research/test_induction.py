@@ -131,7 +131,9 @@ def test_tokens_are_decoded_and_keys_moved_as_before(before: Nugget2D, after: Nu
     assert unrotated_layers(after.lm) == [PLACE] and unrotated_layers(before.lm) == []
     assert slot_layout(after).layers == [2, 3]
     memory = after.compress(tiny.TEXT, ratio=4)
-    for old, new in zip(decode_tokens(before, before.compress(tiny.TEXT, ratio=4)), decode_tokens(after, memory), strict=True):
+    for old, new in zip(
+        decode_tokens(before, before.compress(tiny.TEXT, ratio=4)), decode_tokens(after, memory), strict=True
+    ):
         # of the decoder's own projections, which are those of before
         assert torch.equal(old, new)
     rotation = KeyRotation(after.parameters_by_role.body, 4)

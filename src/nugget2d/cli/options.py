@@ -92,7 +92,9 @@ def compress_arguments(
     Raises:
         InputError: one of `more` is not NAME=VALUE.
     """
-    given = {name: value for name, value in locals().items() if name != "more" and value is not None and value is not False}
+    given = {
+        name: value for name, value in locals().items() if name != "more" and value is not None and value is not False
+    }
     for one in more or ():
         name, equals, value = one.partition("=")
         if not equals or not name.isidentifier():

@@ -29,7 +29,7 @@ def serve(
         typer.Option(
             "--max-context",
             min=8,
-            help="Tokens of a prompt that are read whole; longer ones are compressed but for their last part.",
+            help="Tokens of a prompt that are read uncompressed; longer ones are compressed but for their last part.",
             show_default="the model's context",
         ),
     ] = None,
@@ -37,7 +37,8 @@ def serve(
         float, typer.Option("--ratio", min=1, help="Tokens for each nugget, unless asked otherwise.")
     ] = 10,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")] = 1024,
-    slots: Annotated[int, typer.Option("--slots", min=1, help="Requests that run side by side.")] = 16,
+    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1, help="Requests that run side by side.")] = 16,
+    slots: Annotated[int | None, typer.Option("--slots", min=1, hidden=True, help="Deprecated name.")] = None,
     queue: Annotated[int, typer.Option("--queue", min=0, help="Requests that may wait; more get 429.")] = 64,
     time_limit: Annotated[float, typer.Option("--time-limit", min=0.1, help="Seconds for a request.")] = 120,
     max_bytes: Annotated[int, typer.Option("--max-bytes", min=1024, help="Largest request.")] = 16 << 20,
@@ -69,7 +70,7 @@ def serve(
             max_context=max_context or served.config.context,
             ratio=ratio,
             max_tokens=max_tokens,
-            slots=slots,
+            max_num_seqs=slots or max_num_seqs,
             queue=queue,
             seconds=time_limit,
             max_bytes=max_bytes,

@@ -1,19 +1,21 @@
 """Writing on: continue a prompt, after a memory or without one, in one string or piece by piece."""
 
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from nugget2d.errors import InputError
 from nugget2d.inference.prefix import Prefix, attention_for, prefix
 from nugget2d.memory.memory import Memory
 from nugget2d.modeling.compatibility import as_cache
 from nugget2d.modeling.network import Network
-from nugget2d.text.segmentation import detokenize_after
+from nugget2d.text.detokenizer import IncrementalDetokenizer, detokenize_answer
 
 
 @torch.no_grad()
@@ -48,7 +50,7 @@ def generate(
 
     if stream:
         return _stream(run, model)
-    texts = [detokenize_after(model.tokenizer, ids.tolist()) for ids in run()]
+    texts = [detokenize_answer(model.tokenizer, ids.tolist()) for ids in run()]
     return texts if "num_return_sequences" in options else texts[0]
 
 
@@ -63,20 +65,30 @@ class _Abandoned(StoppingCriteria):
         return cast(torch.BoolTensor, stop)
 
 
-class _After:
-    """All that a streamer wants of a tokenizer; it decodes line by line, and no line begins the text."""
+class _TextStreamer(BaseStreamer):
+    """Pieces of text of the tokens that transformers' generate has chosen, for another thread."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
-    def decode(self, ids: int | list[int]) -> str:
-        # since transformers 5.24 a streamer also asks for the token of a line end, by itself
-        return detokenize_after(self.tokenizer, [ids] if isinstance(ids, int) else ids)
+    def put(self, value: Tensor) -> None:
+        for token in value.flatten().tolist():
+            self._pieces.put(self._detokenizer.push(token))
+
+    def end(self) -> None:
+        try:
+            self._pieces.put(self._detokenizer.finish())
+        finally:  # the reader waits for it
+            self._pieces.put(None)
+
+    def __iter__(self) -> Iterator[str]:
+        return (piece for piece in iter(self._pieces.get, None) if piece)
 
 
 def _stream(run: Callable[..., Tensor], model: Network) -> Iterator[str]:
     """Pieces of text as a thread generates them; its error, if any, is raised here."""
-    streamer = TextIteratorStreamer(cast(Any, _After(model.tokenizer)))
+    streamer = _TextStreamer(model.tokenizer)
     abandoned = _Abandoned()
     failure: list[BaseException] = []
 
@@ -90,7 +102,7 @@ def _stream(run: Callable[..., Tensor], model: Network) -> Iterator[str]:
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
-        yield from (piece for piece in streamer if piece)
+        yield from streamer
     finally:
         abandoned.event.set()
         thread.join()

@@ -1,28 +1,28 @@
-"""What a client sends becomes tokens: chat templates, and prompts too long to be read whole.
+"""Chat templates: messages become exactly the tokens of the tokenizer's own template, and their text stays text.
 
-Text of clients is text: strings such as "</s>" in it are never special tokens. Those of a chat template are.
+The real messages are rendered, and that rendering is what the model reads. A string such as "</s>" in a message would
+become a special token there. Where one came from is found by a second rendering, with private-use characters in its
+place, which the model never reads.
 """
 
-import uuid
+import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, NoReturn, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from nugget2d.errors import InputError
-from nugget2d.text.segmentation import Piece, split, tokenize, tokenize_after
+from nugget2d.text.segmentation import require_utf8
+from nugget2d.text.special_tokens import Span, SpecialTokens, tokenize_part, unused_character
 
-# where the model would go on with the next question by itself
+# without a template, where the model would continue with the next question by itself
 PLAIN_STOP = "\nuser:"
-
-
-@dataclass(frozen=True)
-class Part:
-    """A stretch of a prompt; `special` if it comes from a chat template, whose special tokens count as such."""
-
-    text: str
-    special: bool = False
+# what a template raises by itself, and what its expressions raise on messages that it does not expect
+_REFUSALS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -34,88 +34,196 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A prompt as the model shall read it: `head` compressed, `ids` whole."""
+class Conversation:
+    """Messages as the model reads them, up to where the answer begins.
 
-    head: tuple[Piece, ...]
+    Attributes:
+        text: the rendering.
+        ids: its tokens, complete: the start token is among them where there is one.
+        quoted: parts of `text`, in order, that look like special tokens but are text of a message.
+        stop: strings that end the answer.
+    """
+
+    text: str
     ids: list[int]
+    quoted: tuple[Span, ...] = ()
+    stop: tuple[str, ...] = ()
 
 
-def conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[Part], list[str]]:
-    """Messages as text that the answer goes on from, and the strings that end it.
+@dataclass(frozen=True)
+class Split:
+    """A conversation around one part of it: the tokens `before` and `after` that part."""
 
-    By the tokenizer's chat template, where it has one; else a line `role: text` for every message, then `assistant:`.
+    before: list[int]
+    after: list[int]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Conversation:
+    """Messages as text and tokens that the answer continues.
+
+    With a chat template, `ids` are those of `tokenizer.apply_chat_template(..., add_generation_prompt=True)`, except
+    that special tokens written out in a message are ordinary text. Without one, a line `role: text` stands for every
+    message, then `assistant:`, all after the start token, and special tokens in it are ordinary text.
 
     Raises:
-        InputError: the template refuses these messages.
+        InputError: the template refuses these messages, or looks at special tokens in them; a text has a lone
+            surrogate.
     """
+    for message in messages:
+        require_utf8(message.text)
+    text = _rendering(tokenizer, messages)
     if not tokenizer.chat_template:
-        lines = [f"{message.role}: {message.text}\n" for message in messages]
-        return [Part("".join(lines) + "assistant:")], [PLAIN_STOP]
-    # the template is filled with marks that no client can guess: what it wrote and what they wrote stay apart
-    marks = [uuid.uuid4().hex for _ in messages]
-    turns = [{"role": message.role, "content": mark} for message, mark in zip(messages, marks, strict=True)]
-    try:
-        rest = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
-        raise InputError(f"the model's chat template refuses these messages: {error}") from error
-    parts = []
-    for message, mark in zip(messages, marks, strict=True):
-        before, found, after = rest.partition(mark)
-        if found:  # some templates leave system messages out
-            parts += [Part(before, special=True), Part(message.text)]
-            rest = after
-    parts.append(Part(rest, special=True))
-    return [part for part in parts if part.text], []
+        quoted: tuple[Span, ...] = ((0, len(text)),)
+        return Conversation(text, _tokens(tokenizer, text, quoted, 0, len(text)), quoted, (PLAIN_STOP,))
+    quoted = _quoted(tokenizer, messages, text)
+    return Conversation(text, _tokens(tokenizer, text, quoted, 0, len(text)), quoted)
 
 
-def fit(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Part], limit: int, window: int, *, after: bool) -> Prompt:
-    """A prompt of at most `limit` whole tokens; of a longer one the last half of these, and a head of all before it.
+def split_around(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], index: int, part: Span | None = None
+) -> Split:
+    """The tokens before and after the text of message `index`, for a model that reads this text compressed.
+
+    The text before, the part and the text after are together exactly the rendering of these messages.
 
     Args:
         tokenizer: the model's.
-        parts: the prompt.
-        limit: how many tokens may be whole.
-        window: how many tokens a segment to be compressed has at most.
-        after: whether something stands before it.
+        messages: the conversation, the part in its place.
+        index: the message.
+        part: characters of its text that are compressed; None takes all of it.
 
     Raises:
-        InputError: text that cannot be tokenized.
+        InputError: as `render`; the template does not show the part once and unchanged.
     """
-    ids = _tokens(tokenizer, parts, after=after)
-    if len(ids) <= limit:
-        return Prompt((), ids)
-    units: list[tuple[Part, int]] = []  # as finely as the prompt can be cut
-    for part in parts:
-        if part.special:
-            units.append((part, len(_tokens(tokenizer, [part], after=True))))
-        else:
-            units += [
-                (Part(piece.text), len(piece.ids)) for piece in split(tokenizer, part.text, min(window, limit // 2))
-            ]
-    first, whole = len(units) - 1, units[-1][1]
-    while first > 1 and whole + units[first - 1][1] <= limit // 2:
-        first -= 1
-        whole += units[first][1]
-    head = "".join(part.text for part, _ in units[:first])
-    tail = [part for part, _ in units[first:]]
-    return Prompt(tuple(split(tokenizer, head, window)), _tokens(tokenizer, tail, after=True))
+    whole, message = render(tokenizer, messages), messages[index]
+    first, last = part or (0, len(message.text))
+    content, mark = message.text[first:last], unused_character(whole.text)
+    marked = replace(message, text=message.text[:first] + mark + message.text[last:])
+    before, *after = _rendering(tokenizer, [*messages[:index], marked, *messages[index + 1 :]]).split(mark)
+    if len(after) != 1 or before + content + after[0] != whole.text:
+        _refuse_split(message, index, len(after))
+    end = len(before) + len(content)
+    return Split(
+        _tokens(tokenizer, whole.text, whole.quoted, 0, len(before)),
+        _tokens(tokenizer, whole.text, whole.quoted, end, len(whole.text)),
+    )
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Part], *, after: bool) -> list[int]:
-    """Tokens of all parts; neighbours of a kind are one text, for tokens may go across their border."""
-    merged: list[Part] = []
-    for part in parts:
-        if merged and merged[-1].special == part.special:
-            merged[-1] = Part(merged[-1].text + part.text, part.special)
-        else:
-            merged.append(part)
-    ids: list[int] = []
-    for part in merged:
-        if part.special:
-            ids += tokenizer(part.text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
-        elif ids or after:
-            ids += tokenize_after(tokenizer, part.text)
-        else:
-            ids += tokenize(tokenizer, part.text)[0]
-    return ids
+def find_contents(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], conversation: Conversation
+) -> list[Span | None]:
+    """Where in the rendering each message's text stands, without whitespace at its ends.
+
+    None for a message that is empty, left out, shown twice or changed; where one is changed, for all of its role.
+    """
+    spans: list[Span | None] = [None] * len(messages)
+    for role in {message.role for message in messages}:  # templates treat messages of a role alike
+        members = [index for index, message in enumerate(messages) if message.role == role]
+        for index, span in _find(tokenizer, messages, members, conversation.text).items():
+            spans[index] = span
+    return spans
+
+
+def tokens_without(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, removed: Sequence[Span]
+) -> list[int]:
+    """The tokens of a conversation without some parts of its text (in order, not overlapping)."""
+    text, quoted = conversation.text, conversation.quoted
+    starts, ends = [0, *(end for _, end in removed)], [*(start for start, _ in removed), len(text)]
+    kept = zip(starts, ends, strict=True)
+    return [token for start, end in kept for token in _tokens(tokenizer, text, quoted, start, end)]
+
+
+def stop_tokens(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end an answer: those of the generation_config, the tokenizer's, the template's end of a turn.
+
+    Args:
+        generation_config: the LM's; its `eos_token_id` is a number, several, or None.
+        tokenizer: the LM's.
+    """
+    listed = getattr(generation_config, "eos_token_id", None)
+    tokens = {*(listed if isinstance(listed, (list, tuple)) else [listed]), tokenizer.eos_token_id}
+    return frozenset({*tokens, _end_of_turn(tokenizer)} - {None})
+
+
+def plain_text(messages: Sequence[Message]) -> str:
+    """Messages where there is no chat template: a line `role: text` for each, then `assistant:`."""
+    return "".join(f"{message.role}: {message.text}\n" for message in messages) + "assistant:"
+
+
+def _rendering(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: bool = True) -> str:
+    if not tokenizer.chat_template:
+        return plain_text(messages)
+    turns = [{"role": message.role, "content": message.text} for message in messages]
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
+    except _REFUSALS as error:
+        raise InputError(f"the model's chat template refuses these messages: {error}") from error
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, quoted: Sequence[Span], start: int, end: int) -> list[int]:
+    """The tokens of `text[start:end]` of a rendering."""
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    plain = start == 0 and not tokenizer.chat_template and first is not None  # a template writes its own
+    return [*([first] if plain else []), *tokenize_part(tokenizer, text, start, end, quoted)]
+
+
+def _quoted(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str) -> tuple[Span, ...]:
+    """What of the rendering `text` looks like a special token and is, in whole or in part, text of a message."""
+    special = SpecialTokens(tokenizer)
+    mark = unused_character(text + "".join(message.text for message in messages))
+    masked = [replace(message, text=special.mask(message.text, mark)) for message in messages]
+    if masked == list(messages):
+        return ()
+    other = _rendering(tokenizer, masked)
+    if len(other) != len(text) or re.sub(f"{mark}+", lambda match: text[slice(*match.span())], other) != text:
+        raise InputError(
+            "a message holds the string of a special token, and the model's chat template looks at it, so that it "
+            f"cannot be kept as text; leave such strings out ({', '.join(special.strings[:4])}, ...)"
+        )
+    return special.find(text, other, mark)
+
+
+def _find(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], members: Sequence[int], text: str
+) -> dict[int, Span]:
+    """Where those of the messages `members` stand that the rendering `text` shows once; none if one is changed."""
+    mark = unused_character(text + "".join(message.text for message in messages))
+    cores = {index: messages[index].text.strip() for index in members}
+    marked = list(messages)
+    for index, core in cores.items():
+        if core:  # whitespace around it stays: templates trim
+            marked[index] = replace(messages[index], text=messages[index].text.replace(core, f"{mark}{index}{mark}", 1))
+    try:
+        pieces = re.split(f"{mark}([0-9]+){mark}", _rendering(tokenizer, marked))
+    except InputError:  # it looks at the contents
+        return {}
+    shown = [int(index) for index in pieces[1::2]]
+    pieces[1::2] = [cores[index] for index in shown]
+    if "".join(pieces) != text:
+        return {}
+    ends = list(accumulate(map(len, pieces)))
+    spans, times = zip(shown, ends[0::2], ends[1::2], strict=False), Counter(shown)
+    return {index: (start, end) for index, start, end in spans if times[index] == 1}
+
+
+def _refuse_split(message: Message, index: int, shown: int) -> NoReturn:
+    how = {0: "leaves it out", 1: "changes it or what stands around it"}.get(shown, f"shows it {shown} times")
+    raise InputError(
+        f"the model's chat template cannot be split around message {index} ({message.role}): it {how}; "
+        "give this text uncompressed"
+    )
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the template puts right after the assistant's text; None if there is none."""
+    if not tokenizer.chat_template:
+        return None
+    mark = unused_character("")
+    try:
+        text = _rendering(tokenizer, [Message("user", "a"), Message("assistant", mark)], prompt=False)
+    except InputError:
+        return None
+    after = text.rpartition(mark)[2].lstrip()
+    token = next((token for token in SpecialTokens(tokenizer).strings if after.startswith(token)), None)
+    return None if token is None else cast(int, tokenizer.convert_tokens_to_ids(token))

@@ -6,15 +6,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nugget2d.errors import InputError, ModelError
+
+# Temperatures below it take the likeliest token: dividing by them would leave float32's range.
+GREEDY_BELOW = 1e-5
+
 
 @dataclass(eq=False)
 class Sampler:
-    """Draws the tokens of one request, from a generator of its own: the same seed draws the same, whoever is beside it.
+    """Draws the tokens of one answer, from a generator of its own: the same seed draws the same, whoever is beside it.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token every time.
+        temperature: divides the logits; 0, or nearly, takes the likeliest token every time.
         top_p: only the likeliest tokens that together have this probability are drawn from.
-        seed: None draws otherwise each time.
+        seed: any integer; None draws otherwise each time.
     """
 
     temperature: float = 0.0
@@ -23,22 +28,40 @@ class Sampler:
     _generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
-        """Seed the generator."""
+        """Check the numbers and seed the generator.
+
+        Raises:
+            InputError: a temperature that is negative or not a number, a top_p outside (0, 1].
+        """
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         seed = int.from_bytes(os.urandom(8), "little") if self.seed is None else self.seed
-        # any integer is a seed; torch takes those of 64 bits
-        self._generator = torch.Generator().manual_seed(seed % (1 << 63))
+        self._generator = torch.Generator().manual_seed(seed % (1 << 63))  # torch takes those of 64 bits
 
     def choose(self, logits: Tensor) -> int:
-        """The next token, from logits (V,)."""
-        if self.temperature == 0:
+        """The next token, from logits (V,): a number from 0 to V - 1.
+
+        Raises:
+            ModelError: the logits are no distribution: one is NaN, or all are -inf.
+        """
+        logits = logits.detach().cpu().double()
+        best = logits.max()  # NaN if any is
+        if best.isnan() or best == -torch.inf:
+            raise ModelError(
+                "the model gives no probabilities (its output is not a number): the memory it reads is damaged, or its "
+                "numbers overflow; compress the text again, or use float32"
+            )
+        if self.temperature < GREEDY_BELOW:
             return int(logits.argmax())
-        logits = logits.float().cpu()
-        probabilities = ((logits - logits.max()) / self.temperature).softmax(-1)  # 0 at the top: nothing overflows
-        order = None
+        # 0 at the top: nothing overflows, and of infinite logits the largest are alike
+        scaled = torch.where(logits == best, 0, logits - best) / self.temperature
+        probabilities, order = scaled.softmax(-1), None
         if self.top_p < 1:
             probabilities, order = probabilities.sort(descending=True, stable=True)
             before = probabilities.cumsum(-1) - probabilities
-            probabilities = probabilities.masked_fill(before >= self.top_p, 0)  # the likeliest always stays
+            probabilities = probabilities.masked_fill(before >= self.top_p, 0)  # before the likeliest there is nothing
         mass = probabilities.cumsum(-1)
         # a number in (0, 1]: 0 would point before tokens of probability 0
         point = (1 - torch.rand((), generator=self._generator)) * mass[-1]

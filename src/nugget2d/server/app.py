@@ -11,30 +11,31 @@ from starlette.types import ASGIApp
 
 from nugget2d import __version__
 from nugget2d.errors import NuggetError
+from nugget2d.server.api_errors import APIError, api_error, documented
 from nugget2d.server.completions import completions, require_model
-from nugget2d.server.exchange import Exchange, Gate
-from nugget2d.server.failures import Refusal, documented, refusal
+from nugget2d.server.context import RequestContext
 from nugget2d.server.memories import memories
+from nugget2d.server.middleware import Middleware
 from nugget2d.server.schemas import Model, ModelList
 from nugget2d.server.service import Service
 from nugget2d.server.settings import Keys
 
 
 def make_app(service: Service, keys: Keys) -> ASGIApp:
-    """Everything that is served, behind its gate."""
+    """Everything that is served, inside its middleware."""
     # no pages about the API: they would load scripts from elsewhere
     app = FastAPI(title="nugget2d", version=__version__, docs_url=None, redoc_url=None)
-    # the gate checks the key: this is for the document
+    # the middleware checks the key: this is for the document
     documents_key = [Security(HTTPBearer(auto_error=False))] if keys.asked else []
     for routes in (_models(service), completions(service), memories(service)):
         app.include_router(routes, dependencies=documents_key)
     app.include_router(_upkeep(service))
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _by_status)
-    app.add_exception_handler(Refusal, _refused)
-    app.add_exception_handler(NuggetError, _refused)
-    app.add_exception_handler(Exception, _refused)
-    return Gate(app, service.settings, keys, service.metrics)
+    app.add_exception_handler(APIError, _failed)
+    app.add_exception_handler(NuggetError, _failed)
+    app.add_exception_handler(Exception, _failed)
+    return Middleware(app, service.settings, keys, service.metrics)
 
 
 def _models(service: Service) -> APIRouter:
@@ -66,27 +67,27 @@ def _upkeep(service: Service) -> APIRouter:
 
     @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
-        """Figures for Prometheus."""
+        """Metrics for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     return api
 
 
-async def _refused(request: Request, error: Exception) -> JSONResponse:
-    refused = refusal(error)
-    if refused.status >= 500:
-        Exchange.of(request).figures["reason"] = f"{type(error).__name__}: {error}"
-    return refused.response()
+async def _failed(request: Request, error: Exception) -> JSONResponse:
+    answer = api_error(error)
+    if answer.status >= 500:
+        RequestContext.of(request).metrics["reason"] = f"{type(error).__name__}: {error}"
+    return answer.response()
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     """What does not fit the schema: the first thing that is wrong, and where."""
     first = error.errors()[0] if isinstance(error, RequestValidationError) else {}
     place = ".".join(str(part) for part in first.get("loc", ())[1:])
-    return Refusal(422, f"{place or 'the body'}: {first.get('msg')}", "invalid_value", place or None).response()
+    return APIError(422, f"{place or 'the body'}: {first.get('msg')}", "invalid_value", place or None).response()
 
 
 async def _by_status(request: Request, error: Exception) -> JSONResponse:
     """What is no route, or no method of one."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    return Refusal(status, f"{request.method} {request.url.path}: {error}").response()
+    return APIError(status, f"{request.method} {request.url.path}: {error}").response()

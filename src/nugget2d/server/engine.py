@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from nugget2d.errors import OverloadError, ShutdownError, TimeLimitError
+from nugget2d.modeling.headwise import HeadwiseCache
 from nugget2d.modeling.network import Network
 from nugget2d.modeling.parameters import Role
 from nugget2d.server.batch import Batch
-from nugget2d.server.jobs import Failed, Generation, Job, Work
+from nugget2d.server.events import Failed
+from nugget2d.server.jobs import Generation, Job, Work
 
 # Seconds of unshared work between two steps; it ends with the piece that passes them.
 WORK_SECONDS = 0.05
@@ -35,20 +37,20 @@ class Engine:
     """Runs jobs: so many at a time, so many waiting."""
 
     def __init__(
-        self, model: Network, *, slots: int, queue: int, on_step: Callable[[int], None] = lambda answers: None
+        self, model: Network, *, max_num_seqs: int, queue: int, on_step: Callable[[int], None] = lambda answers: None
     ) -> None:
         """Start the thread.
 
         Args:
             model: nobody else may use it until `close`.
-            slots: jobs that run side by side.
-            queue: jobs that may wait for a slot.
+            max_num_seqs: jobs that run side by side.
+            queue: jobs that may wait for a sequence slot.
             on_step: called with the number of answers that shared a step.
         """
-        self._model, self._slots, self._queue, self._on_step = model, slots, queue, on_step
+        self._model, self._max_num_seqs, self._queue, self._on_step = model, max_num_seqs, queue, on_step
         self._waiting: deque[Job] = deque()
         self._unshared: list[_Unshared] = []  # in the order of arrival
-        self._batches: dict[Role, Batch] = {role: Batch(model, role) for role in ("base", "decoder")}
+        self._batches: dict[tuple[Role, bool], Batch] = {}
         self._turns = 0
         self._changed = threading.Condition()
         self._closing = False
@@ -57,7 +59,7 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Jobs without a slot."""
+        """Jobs without a sequence slot."""
         return len(self._waiting)
 
     @property
@@ -74,7 +76,7 @@ class Engine:
         """
         if self._closing:
             raise ShutdownError("the server is shutting down; ask another, or later")
-        if len(self._waiting) >= self._queue and self.num_running >= self._slots:
+        if len(self._waiting) >= self._queue and self.num_running >= self._max_num_seqs:
             raise OverloadError(f"{len(self._waiting)} requests are waiting already; try again later")
 
     def submit(self, job: Job) -> None:
@@ -134,7 +136,7 @@ class Engine:
                 batch.leave(job)
 
     def _admit(self) -> None:
-        while self._waiting and self.num_running < self._slots:
+        while self._waiting and self.num_running < self._max_num_seqs:
             job = self._waiting.popleft()
             self._unshared.append(_Unshared(job, job.work(self._model), job.size))
 
@@ -152,7 +154,7 @@ class Engine:
                 break
 
     def _advance(self, unshared: _Unshared) -> bool:
-        """One piece of work; False if it was the last. A job that goes on by steps joins those like it."""
+        """One piece of work; False if it was the last. A job that continues by steps joins those like it."""
         job = unshared.job
         try:
             left = next(unshared.work, None)
@@ -160,14 +162,15 @@ class Engine:
                 unshared.left = left
                 return True
             if isinstance(job, Generation) and not job.done:
-                self._batches[job.role].join(job)
+                kind = job.role, isinstance(job.cache, HeadwiseCache)
+                self._batches.setdefault(kind, Batch(self._model, *kind)).join(job)
         except Exception as error:
             job.emit(Failed(error))
         return False
 
     def _step(self) -> None:
         """A token for every answer."""
-        for role, batch in self._batches.items():
+        for kind, batch in self._batches.items():
             if not batch.jobs:
                 continue
             self._on_step(len(batch.jobs))
@@ -176,4 +179,4 @@ class Engine:
             except Exception as error:
                 for job in batch.jobs:
                     job.emit(Failed(error))
-                self._batches[role] = Batch(self._model, role)
+                self._batches[kind] = Batch(self._model, *kind)

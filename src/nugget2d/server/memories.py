@@ -7,8 +7,8 @@ from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 
 from nugget2d.files import decode_text
 from nugget2d.memory.states import StoreDtype
-from nugget2d.server.exchange import Exchange
-from nugget2d.server.failures import documented
+from nugget2d.server.api_errors import documented
+from nugget2d.server.context import RequestContext
 from nugget2d.server.schemas import DeletedMemory, MemoryList, MemoryRequest, StoredMemory, Tag
 from nugget2d.server.service import Service
 from nugget2d.store import Record
@@ -26,7 +26,7 @@ def memories(service: Service) -> APIRouter:
     @api.post("", status_code=201, responses=REFUSED)
     async def create(body: MemoryRequest, request: Request) -> StoredMemory:
         """Compress a text and keep the memory; the earlier one, if this text was compressed so before."""
-        return shown(await service.remember(Exchange.of(request), body))
+        return shown(await service.remember(RequestContext.of(request), body))
 
     @api.post("/file", status_code=201, responses=REFUSED)
     async def upload(
@@ -34,32 +34,33 @@ def memories(service: Service) -> APIRouter:
         file: Annotated[UploadFile, File(description="A UTF-8 text.")],
         name: Annotated[str | None, Form(max_length=200, description="The file's own, if left out.")] = None,
         tags: Annotated[list[Tag], Form(max_length=32)] = [],  # noqa: B006 - read only
+        method: Annotated[str | None, Form(max_length=100)] = None,
         ratio: Annotated[float | None, Form(ge=1, le=1e6)] = None,
         dtype: Annotated[StoreDtype | None, Form()] = None,
     ) -> StoredMemory:
         """The same for a text file, as a form."""
         text = decode_text(await file.read(), "the file")
         title = (file.filename or "")[:200] if name is None else name
-        body = MemoryRequest(text=text, name=title, tags=tags, ratio=ratio, dtype=dtype)
-        return shown(await service.remember(Exchange.of(request), body))
+        body = MemoryRequest(text=text, name=title, tags=tags, method=method, ratio=ratio, dtype=dtype)
+        return shown(await service.remember(RequestContext.of(request), body))
 
     @api.get("", responses=LISTED)
     async def listed(request: Request, tag: Annotated[str | None, Query()] = None) -> MemoryList:
         """All of them, oldest first."""
-        owner = Exchange.of(request).owner
+        owner = RequestContext.of(request).owner
         records = await service.in_thread(lambda: store.records(owner=owner, tag=tag))
         return MemoryList(data=[shown(record) for record in records])
 
     @api.get("/{id}", responses=FOUND)
     async def one(id: str, request: Request) -> StoredMemory:
         """One of them."""
-        owner = Exchange.of(request).owner
+        owner = RequestContext.of(request).owner
         return shown(await service.in_thread(lambda: store.record(id, owner=owner)))
 
     @api.delete("/{id}", responses=FOUND)
     async def forget(id: str, request: Request) -> DeletedMemory:
-        """Forget one; requests that read it already go on."""
-        owner = Exchange.of(request).owner
+        """Forget one; requests that read it already continue."""
+        owner = RequestContext.of(request).owner
         await service.in_thread(lambda: store.remove(id, owner=owner))
         return DeletedMemory(id=id)
 

@@ -19,11 +19,11 @@ class Metrics:
         self.seconds = self._histogram("request_seconds", "From request to the end of the response.", _SECONDS, "route")
         self.first_token = self._histogram("first_token_seconds", "From request to the first text.", _SECONDS)
         self.batch = self._histogram("batch_size", "Answers that shared a step.", _ANSWERS)
-        self.waiting = self._gauge("queue_depth", "Requests that wait for a slot.")
-        self.running = self._gauge("running", "Requests that have a slot.")
+        self.waiting = self._gauge("queue_depth", "Requests that wait for a sequence slot.")
+        self.running = self._gauge("running", "Requests that have a sequence slot.")
 
     def text(self) -> bytes:
-        """All figures."""
+        """All of them."""
         return generate_latest(self._registry)
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from nugget2d.server.exchange import Exchange
-from nugget2d.server.failures import refusal
-from nugget2d.server.jobs import Context, Event, Finished, Text
+from nugget2d.server.api_errors import api_error
+from nugget2d.server.context import RequestContext
+from nugget2d.server.events import ContextSize, Event, Finished, Text
 from nugget2d.server.metrics import Metrics
 from nugget2d.server.schemas import (
     Answer,
@@ -37,7 +37,7 @@ class Reply(ABC):
     def __init__(self, model: str) -> None:
         """An answer of `model`, from now."""
         identity = f"{self.prefix}-{uuid.uuid4().hex}"
-        self.head: dict[str, Any] = {"id": identity, "created": int(time.time()), "model": model}
+        self.common: dict[str, Any] = {"id": identity, "created": int(time.time()), "model": model}
 
     @abstractmethod
     def whole(self, text: str, reason: Reason, usage: Usage) -> BaseModel:
@@ -59,15 +59,15 @@ class CompletionReply(Reply):
 
     def whole(self, text: str, reason: Reason, usage: Usage) -> Completion:
         """See `Reply`."""
-        return Completion(**self.head, choices=[CompletionChoice(text=text, finish_reason=reason)], usage=usage)
+        return Completion(**self.common, choices=[CompletionChoice(text=text, finish_reason=reason)], usage=usage)
 
     def piece(self, text: str, reason: Reason | None) -> Completion:
         """See `Reply`."""
-        return Completion(**self.head, choices=[CompletionChoice(text=text, finish_reason=reason)])
+        return Completion(**self.common, choices=[CompletionChoice(text=text, finish_reason=reason)])
 
     def end(self, usage: Usage) -> Completion:
         """See `Reply`."""
-        return Completion(**self.head, choices=[], usage=usage)
+        return Completion(**self.common, choices=[], usage=usage)
 
 
 class ChatReply(Reply):
@@ -78,71 +78,71 @@ class ChatReply(Reply):
     def whole(self, text: str, reason: Reason, usage: Usage) -> ChatCompletion:
         """See `Reply`."""
         choice = ChatChoice(message=Answer(content=text), finish_reason=reason)
-        return ChatCompletion(**self.head, choices=[choice], usage=usage)
+        return ChatCompletion(**self.common, choices=[choice], usage=usage)
 
     def piece(self, text: str, reason: Reason | None) -> ChatChunk:
         """See `Reply`."""
         delta = Delta(role="assistant", content=text)
-        return ChatChunk(**self.head, choices=[DeltaChoice(delta=delta, finish_reason=reason)])
+        return ChatChunk(**self.common, choices=[DeltaChoice(delta=delta, finish_reason=reason)])
 
     def end(self, usage: Usage) -> ChatChunk:
         """See `Reply`."""
-        return ChatChunk(**self.head, choices=[], usage=usage)
+        return ChatChunk(**self.common, choices=[], usage=usage)
 
 
 class Account:
-    """What an answer's events come to: usage, figures for the log, metrics."""
+    """What an answer's events come to: usage, and metrics of its request and of the server."""
 
-    def __init__(self, exchange: Exchange, metrics: Metrics, context: Context) -> None:
-        """An answer to `context` begins."""
-        self._exchange, self._metrics, self._context = exchange, metrics, context
-        self._exchange.figures |= {"tokens": context.tokens, "nuggets": context.nuggets, "whole": context.whole}
+    def __init__(self, request: RequestContext, metrics: Metrics, size: ContextSize) -> None:
+        """An answer to a context of this `size` begins."""
+        self._request, self._metrics, self._size = request, metrics, size
+        request.metrics |= {"tokens": size.tokens, "nuggets": size.nuggets, "whole": size.whole}
         for kind in ("tokens", "nuggets", "whole"):
-            metrics.tokens.labels(kind).inc(getattr(context, kind))
+            metrics.tokens.labels(kind).inc(getattr(size, kind))
 
     def first_text(self) -> None:
-        """The first piece is on its way."""
-        if "first_token_seconds" not in self._exchange.figures:
-            seconds = self._exchange.seconds
-            self._exchange.figures["first_token_seconds"] = round(seconds, 4)
+        """The first text is on its way."""
+        if "first_token_seconds" not in self._request.metrics:
+            seconds = self._request.seconds
+            self._request.metrics["first_token_seconds"] = round(seconds, 4)
             self._metrics.first_token.observe(seconds)
 
     def finish(self, finished: Finished) -> Usage:
         """The answer is complete."""
         self._metrics.tokens.labels("answer").inc(finished.tokens)
-        self._exchange.figures |= {"answer_tokens": finished.tokens, "finish": finished.reason}
-        context = self._context
+        self._request.metrics |= {"answer_tokens": finished.tokens, "finish": finished.reason}
+        size = self._size
         return Usage(
-            prompt_tokens=context.tokens,
-            compressed_prompt_tokens=context.nuggets + context.whole,
+            prompt_tokens=size.tokens,
+            compressed_prompt_tokens=size.nuggets + size.whole,
             completion_tokens=finished.tokens,
-            total_tokens=context.tokens + finished.tokens,
+            total_tokens=size.tokens + finished.tokens,
             prompt_tokens_details=PromptDetails(
-                cached_tokens=context.stored,
-                nuggets=context.nuggets,
-                whole_tokens=context.whole,
-                unread_tokens=context.unread,
+                cached_tokens=size.stored,
+                nuggets=size.nuggets,
+                whole_tokens=size.whole,
+                unread_tokens=size.unread,
             ),
         )
 
 
 async def respond(
-    events: AsyncIterator[Event], reply: Reply, exchange: Exchange, metrics: Metrics, *, stream: bool, usage: bool
+    events: AsyncIterator[Event], reply: Reply, request: RequestContext, metrics: Metrics, *, stream: bool, usage: bool
 ) -> Response:
     """The response to one question; it begins when the context begins to be read, so that errors have their status.
 
     Args:
         events: of the answer.
         reply: its form.
-        exchange: whose response this is.
+        request: whose response this is.
         metrics: where it is counted.
         stream: send text as it comes.
         usage: end a stream with the usage.
     """
-    context = await anext(events)
-    if not isinstance(context, Context):
-        raise TypeError(f"an answer begins with its context, not with {type(context).__name__}")
-    account = Account(exchange, metrics, context)
+    size = await anext(events)
+    if not isinstance(size, ContextSize):
+        raise TypeError(f"an answer begins with the size of its context, not with {type(size).__name__}")
+    account = Account(request, metrics, size)
     if stream:
         return StreamingResponse(_sent(events, reply, account, usage), media_type="text/event-stream")
     text = ""
@@ -169,9 +169,9 @@ async def _sent(events: AsyncIterator[Event], reply: Reply, account: Account, us
                     yield _data(reply.end(total))
         yield "data: [DONE]\n\n"
     except Exception as error:  # the status is sent already: an event must say it
-        refused = refusal(error)
-        yield _data(refused.body)
-        if refused.status >= 500:
+        answer = api_error(error)
+        yield _data(answer.body)
+        if answer.status >= 500:
             raise
 
 

@@ -11,7 +11,7 @@ import uvicorn
 from nugget2d.errors import ContextWarning, InputError
 from nugget2d.model import Nugget2D
 from nugget2d.server.app import make_app
-from nugget2d.server.exchange import log
+from nugget2d.server.context import log
 from nugget2d.server.metrics import Metrics
 from nugget2d.server.service import Service
 from nugget2d.server.settings import Keys, Settings
@@ -32,7 +32,7 @@ def serve(model: Nugget2D, store: MemoryStore, settings: Settings, keys: Keys, l
     service = Service(model, store, settings, metrics)
     config = uvicorn.Config(
         make_app(service, keys),
-        log_config=None,  # exchange.py logs
+        log_config=None,  # context.py logs
         access_log=False,
         server_header=False,
         lifespan="off",

@@ -3,7 +3,7 @@
 Fields that would change the answer and are not supported are refused, unless they have their neutral value.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -106,15 +106,31 @@ class ChatRequest(Generating):
 
 
 class MemoryRequest(Frozen):
-    """`POST /v1/memories`: compress `text`."""
+    """`POST /v1/memories`: compress `text`.
+
+    Attributes:
+        text: what to compress.
+        name: what a person calls it.
+        tags: words to filter by.
+        method: how, as `nugget2d methods` lists them; None takes the model's default.
+        ratio: tokens for each nugget; without any budget the server's own.
+        nuggets: how many, in place of a ratio.
+        nbytes: bytes of the memory, in place of a ratio.
+        dtype: how states are kept.
+        options: other options of the method.
+    """
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     text: str = Field(min_length=1)
     name: Word = Field(default="", max_length=200)
     tags: list[Tag] = Field(default=[], max_length=32)
+    method: Word | None = Field(default=None, max_length=100)
     ratio: float | None = Field(default=None, ge=1, le=1e6)
+    nuggets: int | None = Field(default=None, ge=1)
+    nbytes: int | None = Field(default=None, ge=1)
     dtype: StoreDtype | None = None
+    options: dict[Word, Any] = Field(default={}, max_length=32)
 
 
 # ---- what they get ----

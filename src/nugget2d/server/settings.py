@@ -14,11 +14,11 @@ class Settings(Frozen):
 
     Attributes:
         name: how clients call the model.
-        max_context: tokens of a prompt that are read whole; of a longer one all but the last part is compressed.
+        max_context: tokens of a prompt that are read uncompressed; of a longer one all but the last part is compressed.
         ratio: tokens for each nugget, where a client does not say.
         max_tokens: of an answer.
-        slots: requests that run side by side; each holds a cache.
-        queue: requests that wait for a slot; more are refused (429).
+        max_num_seqs: sequence slots: requests that run side by side; each holds a cache.
+        queue: requests that wait for a sequence slot; more are refused (429).
         seconds: a request may take; it fails after that (504).
         max_bytes: of a request (413).
         grace: seconds that running requests get at shutdown.
@@ -28,7 +28,7 @@ class Settings(Frozen):
     max_context: int = Field(ge=8)
     ratio: float = Field(default=10, ge=1)
     max_tokens: int = Field(default=1024, ge=1)
-    slots: int = Field(default=16, ge=1)
+    max_num_seqs: int = Field(default=16, ge=1)
     queue: int = Field(default=64, ge=0)
     seconds: float = Field(default=120, gt=0)
     max_bytes: int = Field(default=16 << 20, ge=1024)

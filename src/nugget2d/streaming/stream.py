@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from nugget2d.errors import InputError, ModelError
+from nugget2d.inference.prompting import stop_tokens
+from nugget2d.inference.sampling import Sampler
 from nugget2d.memory.memory import Memory
 from nugget2d.modeling.losses import token_losses
 from nugget2d.modeling.network import Network
 from nugget2d.streaming.feed import TextFeed
 from nugget2d.streaming.past import Past
 from nugget2d.streaming.window import Window
-from nugget2d.text.segmentation import REPLACEMENT
+from nugget2d.text.detokenizer import IncrementalDetokenizer
 
 DEFAULT_RATIO = 10.0
 
@@ -163,11 +165,10 @@ class Stream:
         """
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if not 0 <= temperature < float("inf"):
-            raise InputError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
+        sampler = Sampler(temperature, seed=int(torch.randint(1 << 62, ())))  # repeatable by torch.manual_seed
         self.append(prompt)
         _ = self.logits  # an empty stream is refused here, not at the first piece
-        return self._texts(self._write(max_new_tokens, temperature))
+        return self._texts(self._write(max_new_tokens, sampler))
 
     def rewind(self, count: int) -> None:
         """Take back the last `count` tokens, as if they had never been read.
@@ -247,30 +248,22 @@ class Stream:
         other._feed, other._window, other._before = self._feed.copy(), self._window.copy(), None
         return other
 
-    def _write(self, count: int, temperature: float) -> Iterator[int]:
+    def _write(self, count: int, sampler: Sampler) -> Iterator[int]:
+        ends = stop_tokens(self._model.lm.generation_config, self._model.tokenizer)
         for _ in range(count):
-            logits = self.logits
-            if temperature:
-                token = int(torch.multinomial((logits.float() / temperature).softmax(-1), 1))
-            else:
-                token = int(logits.argmax())
-            if token == self._model.tokenizer.eos_token_id:
+            token = sampler.choose(self.logits)
+            if token in ends:
                 return
             self.append([token])
             yield token
 
     def _texts(self, tokens: Iterator[int]) -> Iterator[str]:
-        """The text of tokens as they come, whole characters at a time."""
-        before: list[int] = []  # what was shown last: some tokenizers drop a space at the start of a text
-        held: list[int] = []
-        text = ""
+        """The text of tokens as they come."""
+        detokenizer = IncrementalDetokenizer(self._model.tokenizer)
         for token in tokens:
-            held.append(token)
-            text = self._model.text([*before, *held])[len(self._model.text(before)) :]
-            if not text.endswith(REPLACEMENT):
+            if text := detokenizer.push(token):
                 yield text
-                before, held = held, []
-        if held:
+        if text := detokenizer.finish():
             yield text
 
 

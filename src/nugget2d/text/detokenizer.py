@@ -1,65 +1,122 @@
-"""Tokens to the text that a client may see: whole characters, and nothing of a stop string."""
+"""Tokens to text as they come: whole characters only, and nothing of a stop string."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from nugget2d.text.segmentation import REPLACEMENT, detokenize_after
+from nugget2d.text.segmentation import REPLACEMENT, tokenize
+
+# tokens of an unfinished character: it has four bytes at most, and is finished with the fourth
+UNFINISHED = 3
+
+
+class IncrementalDetokenizer:
+    """The text of tokens that continue other text, as soon as it is certain; special tokens have none.
+
+    What is given out, all together, is the text of all tokens: a streamed answer is the same as a whole one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Nothing yet."""
+        self._tokenizer = tokenizer
+        # Tokens decoded last. Tokenizers of the Llama 2 family drop a space at the start of whatever they decode, so
+        # nothing is decoded at a start; a line end stands before the first token.
+        self._before = tokenize(tokenizer, "\n")[0]
+        self._before_text = self._decode(self._before)
+        self._held: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that became certain by one more token; "" while a character is unfinished."""
+        self._held.append(token)
+        text = self._text(self._held)
+        if not text.endswith(REPLACEMENT):
+            return self._release(len(self._held), text)
+        # bytes that will never be a character must not hold back what follows them
+        count = max(len(self._held) - UNFINISHED, 0)
+        certain = self._text(self._held[:count])
+        return self._release(count, certain) if text.startswith(certain) else ""
+
+    def finish(self) -> str:
+        """The rest, when no token comes any more."""
+        return self._release(len(self._held), self._text(self._held))
+
+    def _release(self, count: int, text: str) -> str:
+        """Give out `text`, that of the first `count` tokens that are held."""
+        if text:  # special tokens do not make the next token any less the start
+            self._before = self._held[:count]
+            self._before_text = self._decode(self._before)
+        self._held = self._held[count:]
+        return text
+
+    def _text(self, ids: list[int]) -> str:
+        """The text of `ids` as they continue the last tokens."""
+        return self._decode([*self._before, *ids])[len(self._before_text) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def detokenize_answer(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
+    """The text of all `ids`, exactly what an `IncrementalDetokenizer` gives out for them."""
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    return "".join([*map(detokenizer.push, ids), detokenizer.finish()])
+
+
+class StopStrings:
+    """Ends a text before the first of some strings; an end that one of them could begin with is held back.
+
+    Attributes:
+        found: one has come; nothing after it counts.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        """The text will end before any of `strings` (none of them empty)."""
+        self.found = False
+        self._strings, self._held = tuple(strings), ""
+
+    def push(self, text: str) -> str:
+        """What of the held text and `text` belongs to no stop string."""
+        if self.found:
+            return ""
+        text = self._held + text
+        if places := [place for string in self._strings if (place := text.find(string)) >= 0]:
+            self.found, self._held = True, ""
+            return text[: min(places)]
+        held = max((_overlap(text, string) for string in self._strings), default=0)
+        text, self._held = text[: len(text) - held], text[len(text) - held :]
+        return text
+
+    def finish(self) -> str:
+        """The text that is held, when no more comes."""
+        text, self._held = self._held, ""
+        return text
 
 
 class Transcript:
-    """The text of one answer as its tokens come.
-
-    What is held back: bytes of an unfinished character, and an end that a stop string could begin with.
+    """The text of one answer as its tokens come, up to a stop string.
 
     Attributes:
         num_tokens: tokens pushed.
-        stopped: a stop string has come; nothing after it counts.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        """Nothing yet; the text will end before the first of the `stop` strings (none of them empty)."""
+        """Nothing yet; see `StopStrings` for `stop`."""
         self.num_tokens = 0
-        self.stopped = False
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._before: list[int] = []  # tokens decoded last: some tokenizers drop a space at the start of a text
-        self._before_text = ""
-        self._unfinished: list[int] = []
-        self._held = ""
+        self._detokenizer, self._stop = IncrementalDetokenizer(tokenizer), StopStrings(stop)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self._stop.found
 
     def push(self, token: int) -> str:
         """The text that became certain by one more token."""
         self.num_tokens += 1
-        self._unfinished.append(token)
-        both = self._decode([*self._before, *self._unfinished])
-        if both.endswith(REPLACEMENT):
-            return ""
-        text = both[len(self._before_text) :]
-        self._before, self._unfinished = self._unfinished, []
-        self._before_text = self._decode(self._before)
-        return self._release(text)
+        return self._stop.push(self._detokenizer.push(token))
 
     def finish(self) -> str:
-        """The rest, when no token will come any more."""
-        text = self._decode([*self._before, *self._unfinished])[len(self._before_text) :]
-        self._before, self._before_text, self._unfinished = [], "", []
-        text, self._held = self._release(text) + self._held, ""
-        return text
-
-    def _release(self, text: str) -> str:
-        """What of the held text and `text` cannot belong to a stop string."""
-        if self.stopped:
-            return ""
-        text = self._held + text
-        if found := [place for stop in self._stop if (place := text.find(stop)) >= 0]:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        held = max((_overlap(text, stop) for stop in self._stop), default=0)
-        text, self._held = text[: len(text) - held], text[len(text) - held :]
-        return text
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return detokenize_after(self._tokenizer, ids)
+        """The rest, when no token comes any more."""
+        return self._stop.push(self._detokenizer.finish()) + self._stop.finish()
 
 
 def _overlap(text: str, stop: str) -> int:

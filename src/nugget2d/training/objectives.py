@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nugget2d.config import SelectionName
-from nugget2d.inference.reading import join_rows
+from nugget2d.inference.placement import join_rows
 from nugget2d.modeling.cache import Nuggets
 from nugget2d.modeling.losses import token_losses
 from nugget2d.modeling.network import Encoded, Network

@@ -1,7 +1,7 @@
 """Keys and values of requests that come and go: the cache of continuous batching.
 
-Every row fills its own slots from 0 on, wherever its tokens stand in the text: positions are given with every pass and
-a mask hides what a row has not filled. So a row joins by being copied alone, and leaves without moving the others.
+Every row fills its own entries from 0 on, wherever its tokens stand in the text: positions are given with every pass,
+and a mask hides what a row has not filled. So a row joins by being copied alone, and leaves without moving the others.
 """
 
 from collections.abc import Sequence
@@ -9,21 +9,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
+from nugget2d.inference.prefix import attention_for
+from nugget2d.modeling.cache import cached_states
 from nugget2d.modeling.compatibility import as_cache
+from nugget2d.modeling.headwise import HeadwiseCache
 from nugget2d.modeling.network import Network
 from nugget2d.modeling.parameters import Role
 
 
-class Slots(DynamicCache):
-    """B rows of keys and values in buffers with room for more rows and more slots, written in place.
+class BatchCache(DynamicCache):
+    """B rows of keys and values in buffers with room for more rows and longer ones, written in place.
 
     A forward pass of q inputs a row writes each row's new states after those it has; `lengths` counts them only when
     the pass is over, for all layers write at the same place.
 
     Attributes:
-        lengths: slots filled, of each row.
+        lengths: entries filled, of each row.
     """
 
     def __init__(self) -> None:
@@ -49,13 +52,13 @@ class Slots(DynamicCache):
 
     def drop(self, index: int) -> None:
         """Forget a row; the last one takes its place."""
-        length = self.lengths.pop()
+        width, length = self.get_seq_length(), self.lengths.pop()
         last = len(self.lengths)
+        for buffer in (buffer for buffers in self._buffers for buffer in buffers):
+            buffer[index, :, :width] = buffer[last, :, :width]  # what its own row left behind it, too
+            buffer[last, :, :width] = 0
         if index < last:
             self.lengths[index] = length
-            for buffers in self._buffers:
-                for buffer in buffers:
-                    buffer[index, :, :length] = buffer[last, :, :length]
         if not self.lengths:  # one long request must not hold its memory for ever
             self._buffers, self._rows, self._capacity = [], 1, 0
 
@@ -73,21 +76,21 @@ class Slots(DynamicCache):
     # ---- what transformers calls ----
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Slots of the longest row."""
+        """Entries of the longest row."""
         return max(self.lengths, default=0)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write (B, kv_heads, q, head_dim) after each row's slots; return views of all rows, up to the longest."""
+        """Write (B, kv_heads, q, head_dim) after each row's entries; return views of all rows, up to the longest."""
         batch, _, queries, _ = key_states.shape
         width = self.get_seq_length() + queries
         device = key_states.device
         rows = torch.arange(batch, device=device)[:, None]
-        slots = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(queries, device=device)
+        entries = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(queries, device=device)
         keys, values = self._buffer(layer_idx, key_states, value_states)
-        keys[rows, :, slots] = key_states.transpose(1, 2)
-        values[rows, :, slots] = value_states.transpose(1, 2)
+        keys[rows, :, entries] = key_states.transpose(1, 2)
+        values[rows, :, entries] = value_states.transpose(1, 2)
         return keys[:batch, :, :width], values[:batch, :, :width]
 
     # ---- buffers ----
@@ -99,11 +102,11 @@ class Slots(DynamicCache):
         return self._buffers[layer]
 
     def _empty(self, like: Tensor) -> Tensor:
-        # zeros: what is masked still takes part in a sum, with weight 0, and 0 x NaN is NaN
+        # zeros, here and behind every row: what is masked takes part in a sum, with weight 0, and 0 x NaN is NaN
         return like.new_zeros(self._rows, like.shape[1], self._capacity, like.shape[3])
 
     def _make_room(self, capacity: int) -> None:
-        """Room for one row more, and so many slots in every row."""
+        """Room for one row more, and so many entries in every row."""
         count, width = len(self.lengths), self.get_seq_length()
         if count < self._rows and capacity <= self._capacity:
             return
@@ -115,26 +118,41 @@ class Slots(DynamicCache):
                 new[:count, :, :width] = states[:count, :, :width]
 
 
-def read(model: Network, role: Role, slots: Slots, embeds: Tensor, positions: Sequence[int]) -> Tensor:
-    """(B, V) what comes after inputs (B, q, d), each row's first at its own position; `slots` keeps their states.
+RowCache = BatchCache | HeadwiseCache
+
+
+def row_cache(cache: Cache, room: int) -> RowCache:
+    """One row with the states of `cache`, and room for more; as it is where its heads differ in length."""
+    if isinstance(cache, HeadwiseCache):
+        return cache
+    keys, values = cached_states(cache)
+    row = BatchCache()
+    row.add(keys, values, cache.get_seq_length() + room)
+    return row
+
+
+def read(model: Network, role: Role, cache: RowCache, embeds: Tensor, positions: Sequence[int]) -> Tensor:
+    """(B, V) what comes after inputs (B, q, d), each row's first at its own position; `cache` keeps their states.
 
     Args:
         model: who reads.
         role: with which weights: "base" reads text alone, "decoder" what follows a memory.
-        slots: B rows, with room for q more.
+        cache: of B rows, with room for q more.
         embeds: the inputs.
         positions: of each row's first input.
     """
     queries = embeds.shape[1]
     first = torch.tensor(positions, device=embeds.device)[:, None]
-    with model.parameters_by_role.role(role) as lm:
+    mask = cache.mask(queries, model.mask_like(embeds)) if isinstance(cache, BatchCache) else None
+    with model.parameters_by_role.role(role) as lm, attention_for(lm, cache):
         logits = lm(
             inputs_embeds=embeds,
-            attention_mask=slots.mask(queries, model.mask_like(embeds)),
+            attention_mask=mask,
             position_ids=first + torch.arange(queries, device=embeds.device),
-            **as_cache(lm, slots),
+            **as_cache(lm, cache),
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-    slots.advance(queries)
+    if isinstance(cache, BatchCache):
+        cache.advance(queries)
     return logits

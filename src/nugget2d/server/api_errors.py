@@ -32,7 +32,7 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-class Refusal(Exception):
+class APIError(Exception):
     """An error with its HTTP status, ready to be sent."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
@@ -49,24 +49,24 @@ class Refusal(Exception):
         return JSONResponse(self.body.model_dump(), self.status, headers.get(self.status))
 
 
-def refusal(error: Exception) -> Refusal:
+def api_error(error: Exception) -> APIError:
     """What a client is told of an error."""
-    if isinstance(error, Refusal):
+    if isinstance(error, APIError):
         return error
     message = str(error)
     if isinstance(error, UnknownMemoryError):
-        return Refusal(404, message, "memory_not_found")
+        return APIError(404, message, "memory_not_found")
     if isinstance(error, MismatchError):  # its message names models, by folders perhaps
-        return Refusal(400, "a memory was made by another model than the one served here; compress its text again")
+        return APIError(400, "a memory was made by another model than the one served here; compress its text again")
     if isinstance(error, (InputError, ModelError)):
-        return Refusal(400, message)
+        return APIError(400, message)
     if isinstance(error, OverloadError):
-        return Refusal(429, message, "queue_full")
+        return APIError(429, message, "queue_full")
     if isinstance(error, ShutdownError):
-        return Refusal(503, message, "shutting_down")
+        return APIError(503, message, "shutting_down")
     if isinstance(error, TimeLimitError):
-        return Refusal(504, message, "time_limit")
-    return Refusal(500, "the server failed on this request; its log has the reason")
+        return APIError(504, message, "time_limit")
+    return APIError(500, "the server failed on this request; its log has the reason")
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, object]]:
