@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import InputError, ModelError, OverloadError, ShutdownError, TimeLimitError
-from nugget2d.inference.prefix import prefix
 from nugget2d.inference.prompting import stop_tokens
 from nugget2d.inference.sampling import Sampler
 from nugget2d.modeling.cache import Nuggets

@@ -8,7 +8,6 @@ import torch
 import tiny
 from nugget2d import Nugget2D
 from nugget2d.errors import ModelError
-from nugget2d.evaluation.held_out import held_out_figures
 from nugget2d.modeling.cache import cached_states
 from nugget2d.modeling.selection import even_ends
 from nugget2d.pooled import PooledMemory

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import MismatchError
 from nugget2d.store import MemoryStore
-
-import tiny
 
 DATA = Path(__file__).parent / "data" / "v1"
 EXPECTED = json.loads((DATA / "expected.json").read_text())

@@ -17,10 +17,10 @@ from nugget2d import Nugget2D
 from nugget2d.errors import ModelError, RecipeError
 from nugget2d.inference.placement import join_rows
 from nugget2d.inference.token_decoding import decode_tokens
-from nugget2d.modeling.rotation import KeyRotation
 from nugget2d.modeling.hooks import inputs_of
 from nugget2d.modeling.network import Encoded
 from nugget2d.modeling.readout import slot_layout, unrotated_layers
+from nugget2d.modeling.rotation import KeyRotation
 from nugget2d.pooled import PooledMemory
 from nugget2d.streaming.layout import Layout
 from nugget2d.streaming.parallel import mixed_logits, parted

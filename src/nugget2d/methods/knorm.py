@@ -6,7 +6,7 @@ from nugget2d.methods.whole_context import Context, Kept, WholeContextMethod, hi
 
 
 class KNorm(WholeContextMethod):
-    """Keys of low norm get the most attention in many LMs (section 3 of the paper); one pass, the prefill, is enough."""
+    """Keys of low norm get the most attention in many LMs (section 3 of the paper); the prefill is the only pass."""
 
     name: ClassVar[str] = "knorm"
     source: ClassVar[str] = "Devoto et al. 2024, arXiv 2406.11430"
