@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import InputError, ModelError, OverloadError, ShutdownError, TimeLimitError
+from nugget2d.inference.prefix import prefix
 from nugget2d.inference.prompting import stop_tokens
 from nugget2d.inference.sampling import Sampler
-from nugget2d.modeling.cache import Nuggets
-from nugget2d.server import batch, compression, engine, jobs
+from nugget2d.methods.options import CompressOptions
+from nugget2d.modeling.cache import Nuggets, cached_states
+from nugget2d.server import batch, engine, jobs
 from nugget2d.server.batch_cache import BatchCache
 from nugget2d.server.engine import Engine
 from nugget2d.server.events import ContextSize, Event, Failed, Finished, Made, Text
 from nugget2d.server.jobs import Compression, Generation
 from nugget2d.text.detokenizer import Transcript
-from nugget2d.text.segmentation import split
 from test_sampling import LOGITS, SEEDS, TEMPERATURES, TOP_PS
 
 PROMPTS = ["The keeper", "Seven, he would say to the dog", " and", "In winter the road was closed " * 3]
@@ -161,7 +162,7 @@ def test_stop_strings_end_answers(llama: Nugget2D, start: Start) -> None:
 @pytest.mark.usefixtures("endless")
 def test_long_work_does_not_hold_up_answers(llama: Nugget2D, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "TURN", 16)
-    monkeypatch.setattr(compression, "TURN", 16)
+    monkeypatch.setattr("nugget2d.methods.nugget.method.STEP_TOKENS", 16)
     monkeypatch.setattr(engine, "WORK_SECONDS", 0)
     events: list[str] = []
     made = start(llama, on_step=lambda answers: events.append("step"))
@@ -173,10 +174,10 @@ def test_long_work_does_not_hold_up_answers(llama: Nugget2D, start: Start, monke
             events.append("late")
             ended.put(event)
 
-    pieces = split(llama.tokenizer, tiny.TEXT, llama.config.window)
+    tokens = len(llama.ids(tiny.TEXT)[0])
     work = [
         Client(llama, tiny.TEXT[:900], max_new_tokens=1, emit=late).job,
-        Compression(pieces, 4, None, emit=late, seconds=60),
+        Compression(tiny.TEXT, tokens, CompressOptions.of(llama, ratio=4), emit=late, seconds=60),
     ]
     for job in work:
         turns = job.size // llama.config.window
@@ -190,10 +191,10 @@ def test_long_work_does_not_hold_up_answers(llama: Nugget2D, start: Start, monke
 
 
 def test_a_compression_is_that_of_compress(llama: Nugget2D, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compression, "TURN", 2 * llama.config.window)
+    monkeypatch.setattr("nugget2d.methods.nugget.method.STEP_TOKENS", 2 * llama.config.window)
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    pieces = split(llama.tokenizer, tiny.TEXT, llama.config.window)
-    start(llama).submit(Compression(pieces, 5, "int8", emit=events.put, seconds=60))
+    options = CompressOptions.of(llama, ratio=5, dtype="int8")
+    start(llama).submit(Compression(tiny.TEXT, 100, options, emit=events.put, seconds=60))
     made, wanted = events.get(timeout=60), llama.compress(tiny.TEXT, ratio=5, dtype="int8")
     assert isinstance(made, Made)
     assert made.memory.positions == wanted.positions
@@ -203,14 +204,14 @@ def test_a_compression_is_that_of_compress(llama: Nugget2D, start: Start, monkey
 
 
 def test_a_compressed_prefix_reads_as_a_memory(llama: Nugget2D, start: Start) -> None:
-    stored, prefix = llama.compress(tiny.TEXT[:200], ratio=3, dtype="int8", exact=True), tiny.TEXT[200:500]
-    pieces = split(llama.tokenizer, prefix, llama.config.window)
+    stored, text = llama.compress(tiny.TEXT[:200], ratio=3, dtype="int8", exact=True), tiny.TEXT[200:500]
+    options = CompressOptions.of(llama, ratio=4)
     made = start(llama)
-    memory = llama.compress(prefix, ratio=4)
-    client = Client(llama, "The sea", prefix=pieces, prefix_ratio=4)
+    memory = llama.compress(text, ratio=4)
+    client = Client(llama, "The sea", prefix=text, prefix_options=options)
     made.submit(client.job)
     assert client.text() == llama.generate("The sea", memory=memory, max_new_tokens=12)
-    both = Client(llama, "The sea", stored, prefix=pieces, prefix_ratio=4)
+    both = Client(llama, "The sea", stored, prefix=text, prefix_options=options)
     made.submit(both.job)
     context = both.events.get(timeout=60)
     assert context == ContextSize(
@@ -226,7 +227,7 @@ def test_a_compressed_prefix_reads_as_a_memory(llama: Nugget2D, start: Start) ->
 def test_one_rotation_serves_engines_that_number_cache_entries(llama: Nugget2D) -> None:
     """Read from position k with all keys turned back by n - k, a memory says what it says from position n."""
     memory = llama.compress(tiny.TEXT[:200], ratio=4)
-    nuggets, end = text_nuggets(llama, memory)
+    nuggets, end = Nuggets(*cached_states(prefix(llama, memory).cache)), memory.num_tokens
     back = end - nuggets.count
     turned = Nuggets(llama.rotation(nuggets.keys, torch.full((1, nuggets.count), -back)), nuggets.values)
     with torch.no_grad():
