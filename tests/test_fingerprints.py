@@ -119,6 +119,23 @@ def test_precisions_agree(folder: Path, tmp_path: Path) -> None:
     assert digest(tmp_path / "half") == full
 
 
+def test_memories_are_read_by_whoever_has_what_they_need(folder: Path) -> None:
+    plain = Nugget2D.from_pretrained(folder)
+    one, other = (Nugget2D.from_base(folder, lora_rank=2, scorer_layer=1) for _ in range(2))
+    with torch.no_grad():
+        other.prompts["continue"].add_(1)
+    text = "The dog looked up as if it had counted too."
+    free = plain.compress(text, method="knorm", ratio=2)
+    assert (
+        plain.score(" Seven.", memory=free) == one.score(" Seven.", memory=free) == other.score(" Seven.", memory=free)
+    )
+    trained = one.compress(text, method="nugget2d", ratio=2)
+    assert one.score(" Seven.", memory=trained) > 0
+    for reader in (plain, other):
+        with pytest.raises(MismatchError, match="made for the adapters of"):
+            reader.score(" Seven.", memory=trained)
+
+
 # ---- old files ----
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import ContextWarning, InputError, ModelError, OutputError
-from nugget2d.inference.prefix import text_nuggets
+from nugget2d.inference.placement import segment_nuggets
 from nugget2d.modeling.compatibility import as_cache
 from nugget2d.text.segmentation import tokenize
 
@@ -175,7 +175,7 @@ def test_generation_stops_where_a_sliding_window_ends(kind: str, adapters: str) 
     text = "The dog looked up."
     memory = model.compress(text, ratio=2)
     room = 64 - memory.num_tokens - 1
-    ids, (nuggets, _) = model.ids("S"), text_nuggets(model, memory)
+    ids, nuggets = model.ids("S"), segment_nuggets(model, [(memory, 0)])
     for _ in range(room):
         logits = model.decode(nuggets, ids, prompt="continue", start=memory.num_tokens)
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
@@ -256,7 +256,8 @@ def test_other_rotary_models_move_their_keys(build) -> None:
 def test_a_half_precision_model_works_throughout() -> None:
     model = tiny.trained("qwen2", "lora").to(torch.bfloat16)
     memory = model.compress(tiny.TEXT[:200], ratio=4)
-    assert (memory.dtype, memory.cache_itemsize) == ("bfloat16", 2)
+    assert memory.dtype == "bfloat16"
+    assert memory.token_nbytes == sum(2 * 2 * heads * width for heads, width in model.kv_shape)
     assert isinstance(model.generate("The", memory=memory, max_new_tokens=4), str)
     assert model.score("The", memory=memory) > 0
     encoded = model.encode(tiny.random_ids(2, 20), [20, 12], [5, 3])
@@ -422,5 +423,6 @@ def test_a_stream_goes_on_behind_a_line_end(llama: Nugget2D) -> None:
 
 
 def test_a_name_too_long_is_an_unknown_model() -> None:
-    with pytest.raises(ModelError, match="cannot look up"):
-        Nugget2D.from_pretrained("n" * 5000)
+    for load in (Nugget2D.from_pretrained, Nugget2D.from_base):
+        with pytest.raises(ModelError, match="cannot look up"):
+            load("n" * 5000)

@@ -13,6 +13,7 @@ import tiny
 from nugget2d import Nugget2D
 from nugget2d.checkpoints import resolve
 from nugget2d.errors import InputError, ModelError, OutputError
+from nugget2d.integrations.transformers import register
 from nugget2d.modeling.cache import gather_nuggets
 from nugget2d.modeling.compatibility import as_cache
 
@@ -60,12 +61,12 @@ def test_a_plain_lm_reads_states_of_its_own(folder: Path) -> None:
         torch.testing.assert_close(read, model.lm(ids).logits[:, 12:], atol=1e-4, rtol=1e-4)
 
 
-def test_what_needs_a_compressor_is_refused(folder: Path, llama: Nugget2D) -> None:
+def test_what_needs_a_compressor_is_refused(folder: Path) -> None:
     model = Nugget2D.from_pretrained(folder)
-    memory = llama.compress("The dog looked up.", ratio=2)
-    object.__setattr__(memory, "fingerprint", model.fingerprint)
+    memory = model.compress("The dog looked up.", ratio=2)
     ids = tiny.random_ids(1, 9)
     for call in (
+        lambda: model.compress("The dog looked up.", method="nugget2d"),
         lambda: model.reconstruct(memory),
         lambda: model.encode(ids, [9], [3]),
         lambda: model.token_scores(ids),
@@ -176,12 +177,14 @@ def test_a_hub_id_is_loaded_at_its_revision(hub: Path, tmp_path: Path) -> None:
 
 
 def test_a_compressor_of_the_hub_is_loaded_at_its_revision(hub: Path, tmp_path: Path) -> None:
+    register()
     for number, revision in enumerate(("main", "v2")):
         tiny.make("llama", "copies", seed=number).save_pretrained(tmp_path / revision)
         publish(hub, "team/compressor", tmp_path / revision, revision)
     for revision in ("main", "v2"):
         wanted = Nugget2D.from_pretrained(tmp_path / revision).legacy_fingerprint
-        assert Nugget2D.from_pretrained("team/compressor", revision=revision).legacy_fingerprint == wanted
+        for load in (Nugget2D.from_pretrained, hf.AutoModel.from_pretrained):
+            assert load("team/compressor", revision=revision).legacy_fingerprint == wanted
 
 
 def test_a_token_reaches_every_download(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +209,8 @@ def test_a_token_reaches_every_download(hub: Path, tmp_path: Path, monkeypatch: 
     watch(hf.AutoModelForCausalLM, "from_pretrained")
     watch(hf.AutoTokenizer, "from_pretrained")
     Nugget2D.from_pretrained("team/adapters", revision="v2", token="secret")
+    register()
+    hf.AutoModel.from_pretrained("team/adapters", revision="v2", token="secret", device_map={"": "cpu"})
     assert {token for _, token, _ in calls} == {"secret"}
     assert {(name, revision) for name, _, revision in calls if name.startswith("team/")} == {
         ("team/adapters", "v2"),

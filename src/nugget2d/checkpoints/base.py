@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nugget2d.checkpoints.gguf import converted, is_gguf
 from nugget2d.checkpoints.layout import CONFIG_FILE, HUB_FILE, is_quantized
-from nugget2d.checkpoints.resolve import bundled_models, hub_file
+from nugget2d.checkpoints.resolve import bundled_models, exists, hub_file
 from nugget2d.errors import ModelError
 from nugget2d.modeling.adapters import ADAPTER_FILE, adapter_error
 from nugget2d.modeling.digest_cache import LoadedWeights, tensor_versions, weight_files
@@ -48,12 +48,12 @@ def load_base(
         ModelError: it cannot be loaded, or it is a peft adapter, or a library that it needs is not installed.
         OutputError: a .gguf file, and the cache folder cannot be written.
     """
-    if str(place) in bundled_models() or Path(place, CONFIG_FILE).is_file():
+    if str(place) in bundled_models() or exists(Path(place, CONFIG_FILE)):
         raise ModelError(f"{str(place)!r} is a compressor, not a base model; load it with Nugget2D.from_pretrained")
     source = str(converted(Path(place)) if is_gguf(place) else place)
     hub: dict[str, Any] = {"revision": revision, "token": token}
-    is_folder = Path(source).exists()
-    adapter = Path(source, ADAPTER_FILE).is_file() if is_folder else hub_file(source, ADAPTER_FILE, **hub) is not None
+    is_folder = exists(source)
+    adapter = exists(Path(source, ADAPTER_FILE)) if is_folder else hub_file(source, ADAPTER_FILE, **hub) is not None
     if adapter:
         raise adapter_error(place)
     # looked at before it is read: what changes meanwhile must not pass for what was loaded

@@ -34,18 +34,26 @@ def find_compressor(name: str | Path, *, revision: str | None = None, token: str
         return Path(str(resources.files("nugget2d") / "models" / str(name)))
     if is_gguf(name):
         return None
-    path = Path(name)
-    try:
-        if path.exists():
-            return path if (path / CONFIG_FILE).is_file() else None
-    except OSError as error:  # a name too long, a folder that may not be entered
-        raise ModelError(f"cannot look up model {str(name)[:80]!r}: {error.strerror}") from error
+    if exists(name):
+        return Path(name) if exists(Path(name, CONFIG_FILE)) else None
     if hub_file(str(name), CONFIG_FILE, revision=revision, token=token) is None:
         return None
     try:
         return Path(snapshot_download(str(name), revision=revision, token=token))
     except Exception as error:  # whatever the hub client raises
         raise ModelError(f"cannot get model {str(name)!r} from the hub: {error}") from error
+
+
+def exists(path: str | Path) -> bool:
+    """Whether there is a file or folder of that name here.
+
+    Raises:
+        ModelError: that cannot be told: a name too long, a folder that may not be entered.
+    """
+    try:
+        return Path(path).exists()
+    except OSError as error:
+        raise ModelError(f"cannot look up model {str(path)[:80]!r}: {error.strerror}") from error
 
 
 def hub_file(name: str, file: str, *, revision: str | None = None, token: str | None = None) -> Path | None:

@@ -53,6 +53,7 @@ def reconstruct_texts(
 
 def _require_reconstructible(model: Network, memory: Memory) -> None:
     model.require(memory)
+    model.require_compressor()
     if memory.reader.role != "decoder" or memory.kv.heads is not None:
         raise InputError(
             f"a memory of method {memory.method.name!r} cannot be reconstructed: only nugget2d is trained to give its "
