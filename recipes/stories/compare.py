@@ -70,7 +70,8 @@ def row(name: str, report: dict[str, Any], cell: dict[str, Any], guessed: dict[i
 @torch.no_grad()
 def guesses(base: Path, texts: list[str], windows: int, length: int, target: int, seed: int) -> float:
     """Share of tokens that the plain LM predicts right from those before them in their window."""
-    lm, tokenizer = load_base(base)
+    loaded = load_base(base)
+    lm, tokenizer = loaded.lm, loaded.tokenizer
     ids = [tokenize(tokenizer, text)[0] for text in texts]
     chosen = sample_windows(tokenizer, ids, windows, length, target=target, seed=seed)
     rows = torch.tensor([[tokenizer.bos_token_id, *window.ids] for window in chosen])
