@@ -239,7 +239,9 @@ def test_the_output_of_a_nugget_is_matched_with_that_of_an_uncompressed_token(af
                 whole = attention.v_proj(tokens[row, segment * LAYOUT.chunk + end - head])
                 wanted.append(output @ whole + attention.o_proj.bias)
     said, meant = (torch.stack(found) - torch.stack(found).mean(0) for found in (spoken, wanted))
-    assert float(loss) == pytest.approx(float((said - meant).square().sum() / meant.square().sum()), rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(
+        float(((said - meant).square().sum() / meant.square().sum()).detach()), rel=1e-4
+    )
     loss.backward()
     moved = {name for name, one in model.named_parameters() if one.grad is not None}
     assert any("encoder" in name for name in moved) and not any("lm.model.layers" in name for name in moved)
