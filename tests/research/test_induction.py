@@ -130,10 +130,8 @@ def test_a_query_without_a_match_attends_to_the_start_token(after: Nugget2D) -> 
 def test_tokens_are_decoded_and_keys_moved_as_before(before: Nugget2D, after: Nugget2D) -> None:
     assert unrotated_layers(after.lm) == [PLACE] and unrotated_layers(before.lm) == []
     assert slot_layout(after).layers == [2, 3]
-    memory = after.compress(tiny.TEXT, ratio=4)
-    for old, new in zip(
-        decode_tokens(before, before.compress(tiny.TEXT, ratio=4)), decode_tokens(after, memory), strict=True
-    ):
+    tokens = [decode_tokens(model, model.compress(tiny.TEXT, ratio=4)) for model in (before, after)]
+    for old, new in zip(*tokens, strict=True):
         # of the decoder's own projections, which are those of before
         assert torch.equal(old, new)
     rotation = KeyRotation(after.parameters_by_role.body, 4)
@@ -241,7 +239,9 @@ def test_the_output_of_a_nugget_is_matched_with_that_of_an_uncompressed_token(af
                 whole = attention.v_proj(tokens[row, segment * LAYOUT.chunk + end - head])
                 wanted.append(output @ whole + attention.o_proj.bias)
     said, meant = (torch.stack(found) - torch.stack(found).mean(0) for found in (spoken, wanted))
-    assert float(loss) == pytest.approx(float((said - meant).square().sum() / meant.square().sum()), rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(
+        float(((said - meant).square().sum() / meant.square().sum()).detach()), rel=1e-4
+    )
     loss.backward()
     moved = {name for name, one in model.named_parameters() if one.grad is not None}
     assert any("encoder" in name for name in moved) and not any("lm.model.layers" in name for name in moved)
