@@ -21,7 +21,8 @@ from nugget2d import Nugget2D
 from nugget2d.evaluation.report import markdown_table, write_report
 from nugget2d.evaluation.windows import sample_windows
 from nugget2d.integrations.lm_eval import NuggetLM
-from nugget2d.text.segmentation import detokenize_after, tokenize
+from nugget2d.text.detokenizer import detokenize_answer
+from nugget2d.text.segmentation import tokenize
 from nugget2d.training.corpus import documents
 from nugget2d.training.recipe import Source
 
@@ -56,7 +57,7 @@ def questions(model: Nugget2D, texts: Sequence[str], count: int, context: int, e
     """`count` questions with contexts of `context` tokens and endings of `ending` tokens."""
     ids = [tokenize(model.tokenizer, text)[0] for text in texts]
     windows = sample_windows(model.tokenizer, ids, count, context, target=ending)
-    endings = [detokenize_after(model.tokenizer, window.target) for window in windows]
+    endings = [detokenize_answer(model.tokenizer, window.target) for window in windows]
     items = []
     for number, window in enumerate(windows):
         answer = number % CHOICES

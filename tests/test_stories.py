@@ -17,7 +17,8 @@ import tiny
 from nugget2d import Nugget2D
 from nugget2d.checkpoints.base import load_base
 from nugget2d.errors import ModelError
-from nugget2d.text.segmentation import detokenize, detokenize_after, split, tokenize, tokenize_after
+from nugget2d.text.detokenizer import detokenize_answer
+from nugget2d.text.segmentation import detokenize, split, tokenize, tokenize_after
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "stories"
 # in an order of merging in which greedy-by-score and left-to-right differ
@@ -142,7 +143,7 @@ def test_what_goes_on_from_a_text_is_not_set_apart_from_it(
     tokenizer: PreTrainedTokenizerFast, before: str, text: str
 ) -> None:
     ids = tokenize_after(tokenizer, text)
-    assert detokenize_after(tokenizer, ids) == text
+    assert detokenize_answer(tokenizer, ids) == text
     # no longer so for the text on its own, which gets a space
     assert ids != tokenize(tokenizer, text)[0]
     whole = detokenize(tokenizer, [*tokenize(tokenizer, before)[0], *ids])
@@ -152,7 +153,7 @@ def test_what_goes_on_from_a_text_is_not_set_apart_from_it(
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_other_tokenizers_go_on_as_they_begin(text: str) -> None:
     assert tokenize_after(tiny.tokenizer(), text) == tokenize(tiny.tokenizer(), text)[0]
-    assert detokenize_after(tiny.tokenizer(), tokenize(tiny.tokenizer(), text)[0]) == text
+    assert detokenize_answer(tiny.tokenizer(), tokenize(tiny.tokenizer(), text)[0]) == text
 
 
 def test_prompts_and_answers_join_the_words_of_a_memory(tmp_path: Path, tokens: Path) -> None:
@@ -165,4 +166,4 @@ def test_prompts_and_answers_join_the_words_of_a_memory(tmp_path: Path, tokens: 
     answer = model.generate("he", memory=memory, max_new_tokens=12)
     assert "".join(model.generate("he", memory=memory, max_new_tokens=12, stream=True)) == answer
     ids = [tokenizer.convert_tokens_to_ids(piece) for piece in (" cat", "<0x0A>", " the")]
-    assert detokenize_after(tokenizer, ids) == " cat\n the"
+    assert detokenize_answer(tokenizer, ids) == " cat\n the"

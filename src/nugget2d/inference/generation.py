@@ -1,4 +1,4 @@
-"""Writing on: continue a prompt, after a memory or without one, in one string or piece by piece."""
+"""Continue a prompt with transformers' generate, after a memory or without one, in one string or piece by piece."""
 
 import queue
 import threading
@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from nugget2d.errors import InputError
 from nugget2d.inference.prefix import Prefix, attention_for, prefix
+from nugget2d.inference.prompting import stop_tokens
 from nugget2d.memory.memory import Memory
 from nugget2d.modeling.compatibility import as_cache
 from nugget2d.modeling.network import Network
@@ -35,8 +36,11 @@ def generate(
     if stream and copies > 1:
         raise InputError("only one sequence can be streamed; leave out num_beams, or use stream=False")
     before, inputs = _inputs(model, prompt, memory, copies, max_new_tokens)
-    eos = model.tokenizer.eos_token_id
-    arguments = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": eos, **inputs, **options}
+    ends = sorted(stop_tokens(model.lm.generation_config, model.tokenizer))
+    arguments = {"do_sample": False, "max_new_tokens": max_new_tokens, **inputs}
+    if ends:  # else transformers would warn, and pad by a token of its own choice
+        arguments |= {"eos_token_id": ends, "pad_token_id": ends[0]}
+    arguments |= options
 
     @torch.no_grad()
     def run(**extra: Any) -> Tensor:

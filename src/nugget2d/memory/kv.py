@@ -93,11 +93,6 @@ class KVPayload:
             return [[states.data.shape[1]] * self.num_kv_heads for states in self.keys]
         return (self.heads.counts.sum(0) + prefix).tolist()
 
-    @property
-    def uniform(self) -> bool:
-        """Whether all heads of all layers hold as many states: an ordinary cache can hold them."""
-        return len({count for layer in self.head_counts for count in layer}) == 1
-
     def per_head(self, layer: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each head of a layer, (k, head_dim) float32, prefix first."""
         both = (states[layer].restore() for states in (self.keys, self.values))
@@ -110,13 +105,6 @@ class KVPayload:
         if self.heads is None:
             return [torch.arange(len(self.local_positions))] * self.num_kv_heads
         return list(self.heads.rows[layer].long().split(self.heads.counts.sum(0)[layer].tolist()))
-
-    def shifted(self, layer: int, table: Tensor) -> Tensor:
-        """Numbers (u,) of the table as numbers of the states of a layer, as these lie; 0 for the prefix."""
-        prefix = table.new_zeros(len(self.prefix_ids))
-        if self.heads is None:
-            return torch.cat([prefix, table])
-        return torch.cat([part for rows in self.rows_of(layer) for part in (prefix, table[rows])])
 
     def to(self, dtype: StoreDtype) -> "KVPayload":
         """The same with its states kept as `dtype`; int8 has one scale per token and head."""

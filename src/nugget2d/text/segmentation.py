@@ -83,13 +83,6 @@ def tokenize_after(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids[len(anchor) :] if ids[: len(anchor)] == anchor else tokenize(tokenizer, text)[0]
 
 
-def detokenize_after(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text of `ids` that go on from other text, without special tokens; a leading space is kept."""
-    anchored = [*tokenize(tokenizer, _ANCHOR)[0], *ids]
-    text = tokenizer.decode(anchored, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return cast(str, text).removeprefix(_ANCHOR)
-
-
 def spans_of(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
     """The text of `ids` and the characters [start, end) of each token; tokens that share a character share a span.
 
