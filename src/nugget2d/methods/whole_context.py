@@ -123,9 +123,14 @@ def prefill(model: Network, prefix: Sequence[int], ids: Sequence[int]) -> Contex
     """Keys and values of every token, read by the base.
 
     Raises:
-        InputError: the model does not have so many positions.
+        InputError: more tokens than the model was trained to read at once, or has positions for.
     """
     whole = torch.tensor([[*prefix, *ids]], device=model.device)
+    if whole.shape[1] > model.config.context:
+        raise InputError(
+            f"the text has {len(ids):,} tokens, {model.config.name!r} was trained on contexts of "
+            f"{model.config.context:,}, its start included; compress it in parts"
+        )
     model.require_positions(whole.shape[1], slots=whole.shape[1])
     config = model.lm.config.get_text_config(decoder=True)
     # full layers, also for sliding windows, which hide nothing within the positions that were just checked
