@@ -165,7 +165,7 @@ def test_a_long_chat_keeps_its_template_uncompressed(chatting: Nugget2D, tmp_pat
     tokenizer = chatting.tokenizer
     conversation = render(tokenizer, messages)
     prompt = fit_conversation(tokenizer, messages, 360, tiny.WINDOW)
-    prefix = "".join(piece.text for piece in prompt.prefix)
+    prefix = prompt.prefix
     assert 180 - tiny.WINDOW < len(prompt.ids) < 180 + 10 < 360 < len(conversation.ids)
     assert prefix.startswith(f"{texts[0]}\nI see </s>.\n{texts[2].strip()}\nYes.\n") and "im_start" not in prefix
     specials = [token for token in conversation.ids if token in tokenizer.all_special_ids]
@@ -201,7 +201,7 @@ def test_what_is_too_long_is_compressed_but_for_its_end(llama: Nugget2D, tmp_pat
     whole = answer.usage.prompt_tokens_details.whole_tokens
     assert 0 < whole <= 32
     prompt = fit_text(llama.tokenizer, text, 64, llama.config.window, after=False)
-    prefix, tail = "".join(piece.text for piece in prompt.prefix), llama.text(prompt.ids)
+    prefix, tail = prompt.prefix, llama.text(prompt.ids)
     assert prefix + tail == text and len(prompt.ids) == whole
     memory = llama.compress(prefix, ratio=4)
     assert answer.choices[0].text == llama.generate(tail, memory=memory, max_new_tokens=8)
