@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import chat_templates as templates
@@ -74,6 +75,15 @@ def test_broken_bytes_do_not_hold_back_what_follows() -> None:
     pieces = [detokenizer.push(first) for _ in range(50)]
     assert len("".join(pieces)) >= 46
     assert "".join([*pieces, detokenizer.finish()]) == REPLACEMENT * 50
+
+
+def test_a_token_may_end_one_character_and_begin_the_next() -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE({letter: place for place, letter in enumerate([*alphabet, "¬ð"])}, [("¬", "ð")]))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    ids = tokenizer.convert_tokens_to_ids(["â", "Ĥ", "¬ð", "Ł", "ĺ", "Ģ"])
+    assert "".join(pieces_of(tokenizer, ids)) == "€😀"
 
 
 def test_an_unfinished_character_at_the_end_is_shown() -> None:

@@ -409,15 +409,20 @@ def test_states_that_are_not_numbers_stay_in_their_own_answer(llama: Nugget2D, s
 
 
 def test_a_row_that_is_left_is_empty() -> None:
+    """What is masked still takes part in a sum with weight 0, and 0 times NaN is NaN."""
     cache = BatchCache()
-    for value, length in [(math.nan, 6), (1.0, 2), (2.0, 3)]:
+
+    def add(value: float, length: int) -> None:
         states = torch.full((1, 2, length, 4), value)
         cache.add([states], [states], 8)
+
+    add(math.nan, 6)
+    add(2.0, 3)
+    add(math.nan, 7)
+    cache.drop(2)
     cache.drop(0)
-    cache.drop(1)
-    states = torch.full((1, 2, 1, 4), 3.0)
-    cache.add([states], [states], 8)
-    keys, values = cache.update(*[torch.full((2, 2, 5, 4), 7.0)] * 2, 0)
-    for buffer in (keys, values):
-        assert buffer[0, 0, :, 0].tolist() == [2.0, 2, 2, 7, 7, 7, 7, 7]
-        assert buffer[1, 0, :, 0].tolist() == [3.0, 7, 7, 7, 7, 7, 0, 0]
+    add(3.0, 1)
+    add(4.0, 5)
+    new = torch.full((3, 2, 1, 4), 7.0)
+    for states in cache.update(new, new, 0):
+        assert states[:, 0, :, 0].tolist() == [[2, 2, 2, 7, 0, 0], [3, 7, 0, 0, 0, 0], [4, 4, 4, 4, 4, 7]]

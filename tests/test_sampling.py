@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nugget2d import Nugget2D
 from nugget2d.errors import InputError, ModelError
 from nugget2d.inference.sampling import Sampler
 
@@ -91,3 +92,10 @@ def test_sampling_follows_the_distribution() -> None:
     assert shares(1, 0.5)[0] == 1
     assert shares(0.5, 1) == pytest.approx([0.685, 0.247, 0.062, 0.007], abs=0.05)
     assert shares(1e300, 1) == pytest.approx([0.25] * 4, abs=0.05)
+
+
+def test_a_stream_samples_by_the_same_rule(llama: Nugget2D) -> None:
+    def write(temperature: float) -> str:
+        return "".join(llama.stream(16, 4).generate("The lamp", max_new_tokens=12, temperature=temperature))
+
+    assert write(1e-46) == write(1e-40) == write(0) != write(2.0)

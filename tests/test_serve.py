@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import tiny
 from cli_fixtures import save_tiny_model
 from nugget2d.cli.app import app
+from nugget2d.server import run
 from nugget2d.server.run import served_name
 
 SERVE = [sys.executable, "-c", "from nugget2d.cli.app import main; main()", "serve"]
@@ -73,6 +74,26 @@ def test_what_cannot_be_served_ends_with_one_line(tmp_path: Path, monkeypatch: p
     assert "store" in refused("--store", str(tmp_path / "file"), "--port", "0")
     monkeypatch.setitem(sys.modules, "fastapi", None)
     assert "pip install 'nugget2d[server]'" in refused(*store)
+
+
+def test_the_old_name_of_max_num_seqs_is_still_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(
+        run, "serve", lambda model, store, settings, keys, listener: taken.append(settings.max_num_seqs)
+    )
+    start = [
+        "serve",
+        "--model",
+        str(save_tiny_model(tmp_path / "tiny")),
+        "--store",
+        str(tmp_path / "store"),
+        "--port",
+        "0",
+    ]
+    for options in ([], ["--max-num-seqs", "3"], ["--slots", "5"]):
+        assert CliRunner().invoke(app, [*start, *options]).exit_code == 0
+    assert taken == [16, 3, 5]
+    assert "--slots" not in CliRunner().invoke(app, ["serve", "--help"]).stdout
 
 
 def test_a_model_is_called_by_the_last_part_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,8 @@ class Sampler:
         scaled = torch.where(logits == best, 0, logits - best) / self.temperature
         probabilities, order = scaled.softmax(-1), None
         if self.top_p < 1:
-            probabilities, order = probabilities.sort(descending=True, stable=True)
+            order = logits.argsort(descending=True, stable=True)  # close logits may have the same probability
+            probabilities = probabilities[order]
             before = probabilities.cumsum(-1) - probabilities
             probabilities = probabilities.masked_fill(before >= self.top_p, 0)  # before the likeliest there is nothing
         mass = probabilities.cumsum(-1)
