@@ -74,7 +74,14 @@ class CompressOptions(Frozen):
     def compress(
         self, model: Network, texts: Sequence[str], on_progress: Callable[[int, int], None] | None = None
     ) -> list[Memory]:
-        """`texts` compressed so."""
+        """`texts` compressed so.
+
+        Raises:
+            InputError, ModelError: see `Method.compress`; something that is no text.
+        """
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"text {number} is {type(text).__name__}, not str; decode bytes first")
         return self.make().compress(model, texts, self.budget, on_progress)
 
     def address(self, text: str, model: Network) -> str:

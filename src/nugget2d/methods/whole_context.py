@@ -15,6 +15,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from nugget2d.errors import InputError
+from nugget2d.inference.prompting import Message, split_around
 from nugget2d.memory.kv import HeadSelection, KVPayload
 from nugget2d.memory.memory import Memory, ReaderSpec, Segment
 from nugget2d.memory.states import States, StoreDtype, row_nbytes
@@ -23,7 +24,7 @@ from nugget2d.methods.budget import Budget
 from nugget2d.modeling.cache import cached_states
 from nugget2d.modeling.compatibility import as_cache
 from nugget2d.modeling.network import Network
-from nugget2d.text.segmentation import tokenize
+from nugget2d.text.segmentation import tokenize, tokenize_after_with_offsets
 
 PREFILL_TOKENS = 2048  # read at a time: what attention needs of memory grows with it
 
@@ -71,7 +72,7 @@ class WholeContextMethod(KVMethod):
 
     Attributes:
         chat: keep the tokens that the chat template puts before a user's message as prefix, instead of the start token:
-            for questions that are asked through the template.
+            for questions in the same message (`prompting.split_around` gives what comes after the context).
     """
 
     chat: bool = False
@@ -94,10 +95,10 @@ class WholeContextMethod(KVMethod):
         return memories
 
     def _compress(self, model: Network, text: str, number: int, budget: Budget) -> Memory:
-        ids, offsets = tokenize(model.tokenizer, text)
-        if not ids:
+        if not text:
             raise InputError(f"text {number} is empty; there is nothing to compress")
-        prefix = self._prefix(model)
+        ids, offsets = (tokenize_after_with_offsets if self.chat else tokenize)(model.tokenizer, text)
+        prefix = self._prefix(model, text)
         context = prefill(model, prefix, ids)
         dtype = self.dtype or native_dtype(model)
         heads = context.keys[0].shape[0]
@@ -115,8 +116,14 @@ class WholeContextMethod(KVMethod):
             token_nbytes=numbers * model.lm.dtype.itemsize,
         )
 
-    def _prefix(self, model: Network) -> list[int]:
-        return [] if model.start_token is None else [model.start_token]
+    def _prefix(self, model: Network, text: str) -> list[int]:
+        if not self.chat:
+            return [] if model.start_token is None else [model.start_token]
+        if not model.tokenizer.chat_template:
+            raise InputError(f"the tokenizer of {model.config.name!r} has no chat template; leave out the option chat")
+        # a question follows in the same message: templates trim what ends one
+        asked = Message("user", f"{text}?")
+        return split_around(model.tokenizer, [asked], 0, (0, len(text))).before
 
 
 def prefill(model: Network, prefix: Sequence[int], ids: Sequence[int]) -> Context:

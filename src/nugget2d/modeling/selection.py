@@ -106,6 +106,27 @@ def next_count(tokens: int, given: int, length: int, ratio: float) -> int:
     return min(length, max(1, ceil((tokens + length) / ratio) - given))
 
 
+def share_nuggets(lengths: Sequence[int], count: int) -> list[int]:
+    """`count` nuggets shared out over the consecutive segments of one text by their lengths, at least one each.
+
+    Raises:
+        InputError: fewer nuggets than segments.
+    """
+    if count < len(lengths):
+        raise InputError(
+            f"a text of {sum(lengths):,} tokens is compressed in {len(lengths)} segments of at least one nugget, "
+            f"the budget has room for {count}; raise it"
+        )
+    counts: list[int] = []
+    tokens = given = 0
+    for number, length in enumerate(lengths, start=1):
+        tokens += length
+        free = count - given - (len(lengths) - number)  # the others have one each
+        counts.append(min(length, free, max(1, ceil(tokens * count / sum(lengths)) - given)))
+        given += counts[-1]
+    return counts
+
+
 def select(
     name: SelectionName,
     ids: Tensor,

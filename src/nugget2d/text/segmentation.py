@@ -79,8 +79,18 @@ def tokenize_after(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     Raises:
         InputError: see `tokenize`.
     """
-    anchor, ids = tokenize(tokenizer, _ANCHOR)[0], tokenize(tokenizer, _ANCHOR + text)[0]
-    return ids[len(anchor) :] if ids[: len(anchor)] == anchor else tokenize(tokenizer, text)[0]
+    return tokenize_after_with_offsets(tokenizer, text)[0]
+
+
+def tokenize_after_with_offsets(
+    tokenizer: PreTrainedTokenizerBase, text: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """The same with the characters [start, end) of each token, as `tokenize`."""
+    anchor, (ids, offsets) = tokenize(tokenizer, _ANCHOR)[0], tokenize(tokenizer, _ANCHOR + text)
+    if ids[: len(anchor)] != anchor:
+        return tokenize(tokenizer, text)
+    shift = len(_ANCHOR)
+    return ids[len(anchor) :], [(start - shift, end - shift) for start, end in offsets[len(anchor) :]]
 
 
 def spans_of(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:

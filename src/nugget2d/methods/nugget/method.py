@@ -22,7 +22,7 @@ from nugget2d.methods.nugget.accuracy import meet_accuracy, warn_if_missed
 from nugget2d.methods.nugget.encoding import BATCH_TOKENS, SegmentResult, batches, encode, logits_limit, measure
 from nugget2d.methods.nugget.optimization import optimize, optimize_limit
 from nugget2d.modeling.network import Network
-from nugget2d.modeling.selection import count_nuggets
+from nugget2d.modeling.selection import count_nuggets, share_nuggets
 from nugget2d.text.segmentation import TextSegment, split
 
 # Tokens compressed between two pauses of `steps`: others wait for so many.
@@ -125,14 +125,7 @@ class NuggetMethod(KVMethod):
             return count_nuggets(lengths, budget.ratio)
         heads = model.kv_shape
         nbytes = sum(2 * count * row_nbytes(width, self.dtype or native_dtype(model)) for count, width in heads)
-        count = budget.count(sum(lengths), nbytes)
-        if count < len(lengths):
-            raise InputError(
-                f"a text of {sum(lengths):,} tokens is compressed in {len(lengths)} segments of at least one nugget, "
-                f"the budget has room for {count}; raise it"
-            )
-        # a hair more than n / k, which rounding could make a nugget too many
-        return count_nuggets(lengths, max(1.0, sum(lengths) / count * (1 + 1e-9)))
+        return share_nuggets(lengths, budget.count(sum(lengths), nbytes))
 
     def _encode(
         self, model: Network, segments: Sequence[TextSegment], counts: Sequence[int], on_progress: Progress | None
@@ -166,8 +159,6 @@ def _few(document: Sequence[TextSegment], start: int) -> int:
 
 
 def _cut(model: Network, text: str, number: int) -> list[TextSegment]:
-    if not isinstance(text, str):
-        raise InputError(f"text {number} is {type(text).__name__}, not str; decode bytes first")
     segments = split(model.tokenizer, text, model.config.window)
     if not segments:
         raise InputError(f"text {number} is empty; there is nothing to compress")
