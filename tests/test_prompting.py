@@ -5,6 +5,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -302,3 +303,29 @@ def test_a_stream_ends_at_every_listed_token(llama: Nugget2D, monkeypatch: pytes
     first = int(stream.logits.argmax())
     monkeypatch.setattr(llama.lm.generation_config, "eos_token_id", [first, 399])
     assert whole and list(llama.stream(16, 4).generate("The lamp", max_new_tokens=12)) == []
+
+
+def test_ids_of_a_template_are_continued_and_scored_as_they_are(llama: Nugget2D) -> None:
+    """No start token is put before them, and special tokens among them are special."""
+    ids = [5, 6, 0, 7]
+    with torch.no_grad():
+        logits = llama.lm(torch.tensor([[*ids, 8]])).logits.float().log_softmax(-1)
+    text = llama.text([8])
+    assert llama.score(text, prompt=ids) == pytest.approx(-float(logits[0, 3, 8]), abs=1e-4)
+    greedy = llama.generate(ids, max_new_tokens=1)
+    assert greedy == llama.text([int(logits[0, 3].argmax())])
+
+
+def test_a_question_around_a_memory_reads_as_the_whole_conversation() -> None:
+    """Prefix, context and question are the template's tokens; at ratio 1 nothing is lost."""
+    tokenizer = templates.byte_level(templates.CHATML)
+    model = Nugget2D.from_base(tiny.lm("llama", vocab_size=len(tokenizer)), tokenizer, window=32)
+    context, question, answer = tiny.TEXT[:200], "\n\nWho wrote?", "the keeper"
+    messages = [Message("user", context + question)]
+    around = split_around(tokenizer, messages, 0, (0, len(context)))
+    memory = model.compress(context, method="knorm", ratio=1, chat=True)
+    whole = render(tokenizer, messages).ids
+    assert [*memory.kv.prefix_ids, *model.ids(context)[0].tolist(), *around.after] == whole
+    assert model.score(answer, memory=memory, prompt=around.after) == pytest.approx(
+        model.score(answer, prompt=whole), abs=1e-3
+    )

@@ -265,7 +265,7 @@ class Nugget2D(Network):
     @overload
     def generate(
         self,
-        prompt: str = ...,
+        prompt: str | Sequence[int] = ...,
         *,
         memory: Memory | None = ...,
         max_new_tokens: int = ...,
@@ -275,7 +275,7 @@ class Nugget2D(Network):
     @overload
     def generate(
         self,
-        prompt: str = ...,
+        prompt: str | Sequence[int] = ...,
         *,
         memory: Memory | None = ...,
         max_new_tokens: int = ...,
@@ -285,7 +285,7 @@ class Nugget2D(Network):
     @overload
     def generate(
         self,
-        prompt: str = ...,
+        prompt: str | Sequence[int] = ...,
         *,
         memory: Memory | None = ...,
         max_new_tokens: int = ...,
@@ -294,11 +294,17 @@ class Nugget2D(Network):
     ) -> Iterator[str]: ...
     @overload
     def generate(
-        self, prompt: str = ..., *, memory: Memory | None = ..., max_new_tokens: int = ..., stream: bool, **options: Any
+        self,
+        prompt: str | Sequence[int] = ...,
+        *,
+        memory: Memory | None = ...,
+        max_new_tokens: int = ...,
+        stream: bool,
+        **options: Any,
     ) -> str | Iterator[str]: ...
     def generate(
         self,
-        prompt: str = "",
+        prompt: str | Sequence[int] = "",
         *,
         memory: Memory | None = None,
         max_new_tokens: int = 64,
@@ -308,7 +314,8 @@ class Nugget2D(Network):
         """Continue `prompt` as if the text of `memory` stood before it; without memory, plain language modelling.
 
         Args:
-            prompt: what to continue; may be empty when there is a memory.
+            prompt: what to continue, as text or as token ids, e.g. those of a chat template around the memory
+                (`inference.prompting.split_around`); may be empty when there is a memory.
             memory: the compressed context.
             max_new_tokens: at most so many tokens.
             stream: return an iterator of text pieces instead of one string.
@@ -321,7 +328,7 @@ class Nugget2D(Network):
         """
         return generation.generate(self, prompt, memory, max_new_tokens, stream, options)
 
-    def score(self, text: str, *, memory: Memory | None = None, prompt: str = "") -> float:
+    def score(self, text: str, *, memory: Memory | None = None, prompt: str | Sequence[int] = "") -> float:
         """Mean negative log-likelihood of `text` after `memory` and `prompt`, in nats per token of this tokenizer.
 
         With nothing before it the first token, which nothing predicts, is not counted unless the tokenizer has a start

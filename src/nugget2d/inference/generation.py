@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 from nugget2d.errors import InputError
-from nugget2d.inference.prefix import Prefix, attention_for, prefix
+from nugget2d.inference.prefix import Prefix, attention_for, prefix, prompt_ids
 from nugget2d.inference.prompting import stop_tokens
 from nugget2d.memory.memory import Memory
 from nugget2d.modeling.compatibility import as_cache
@@ -22,7 +22,7 @@ from nugget2d.text.detokenizer import IncrementalDetokenizer, detokenize_answer
 @torch.no_grad()
 def generate(
     model: Network,
-    prompt: str,
+    prompt: str | Sequence[int],
     memory: Memory | None,
     max_new_tokens: int,
     stream: bool,
@@ -115,17 +115,18 @@ def _stream(run: Callable[..., Tensor], model: Network) -> Iterator[str]:
 
 
 def _inputs(
-    model: Network, prompt: str, memory: Memory | None, copies: int, new_tokens: int
+    model: Network, prompt: str | Sequence[int], memory: Memory | None, copies: int, new_tokens: int
 ) -> tuple[Prefix, dict[str, Any]]:
     """What stands before the prompt; and what transformers' generate needs to continue from a cache.
 
     That is embeddings, mask AND positions of length K + q. Leaving out the mask or the positions gives wrong text
     without an error; the embeddings of the K cached states are never looked at.
     """
-    if memory is None and not prompt:
+    ids = prompt_ids(model, memory, prompt)
+    if memory is None and not ids.numel():
         raise InputError("nothing to continue: give a prompt or a memory")
-    ids = model.ids(prompt) if memory is None else model.ids_after(prompt)
-    before = prefix(model, memory, room=ids.shape[1] + new_tokens - 1)  # the last token is not read
+    room = ids.shape[1] + new_tokens - 1  # the last token is not read
+    before = prefix(model, memory, room, start=isinstance(prompt, str))
     embeds = torch.cat([before.embeds, model.embed(ids)], dim=1)
     if memory is None:
         return before, {"inputs_embeds": embeds, "attention_mask": embeds.new_ones(embeds.shape[:2]).long()}

@@ -5,6 +5,7 @@ position from here and goes on with its own tokens.
 """
 
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ class Prefix:
         return self.position + self.embeds.shape[1]
 
 
-def prefix(model: Network, memory: Memory | None, room: int = 0) -> Prefix:
+def prefix(model: Network, memory: Memory | None, room: int = 0, *, start: bool = True) -> Prefix:
     """Put a memory, or just the start token, in front of what follows.
 
     Positions beyond those of training make any model unreliable, so of a longer memory only the last segments are read,
@@ -59,6 +60,8 @@ def prefix(model: Network, memory: Memory | None, room: int = 0) -> Prefix:
         model: who reads.
         memory: None is plain language modelling.
         room: tokens that will follow the memory; of a model whose positions end, fewer segments may be read.
+        start: whether the start token stands before what follows, where there is no memory; rendered chat templates
+            bring their own.
 
     Warns:
         ContextWarning: the memory stands for more tokens than `config.context`, or than there is room for.
@@ -68,16 +71,23 @@ def prefix(model: Network, memory: Memory | None, room: int = 0) -> Prefix:
         InputError: there are not so many positions (`Network.require_positions`).
     """
     if memory is None:
-        return _after_start(model, [], room)
+        return _as_text(model, [], room, start=start)
     model.require(memory)
     payload = memory.payload
     if isinstance(payload, TextPayload):
-        return _after_start(model, model.ids(payload.text)[0].tolist(), room)
+        return _as_text(model, model.ids(payload.text)[0].tolist(), room, start=True)
     if isinstance(payload, KVPayload):
         return _after_states(model, memory, payload, room)
     embeds = payload.vectors.restore()[None].to(model.device, model.lm.dtype)
     model.require_positions(embeds.shape[1] + room)
     return Prefix(DynamicCache(config=model.lm.config), embeds, memory.reader.role, 0)
+
+
+def prompt_ids(model: Network, memory: Memory | None, prompt: str | Sequence[int]) -> Tensor:
+    """(1, q) tokens of a prompt; ids, e.g. of a chat template (`prompting.split_around`), are taken as they are."""
+    if isinstance(prompt, str):
+        return model.ids(prompt) if memory is None else model.ids_after(prompt)
+    return torch.tensor([list(prompt)], dtype=torch.long, device=model.device)
 
 
 @torch.no_grad()
@@ -103,10 +113,10 @@ def attention_for(lm: PreTrainedModel, cache: Cache) -> AbstractContextManager[N
     return headwise_attention(lm) if isinstance(cache, HeadwiseCache) else nullcontext()
 
 
-def _after_start(model: Network, ids: list[int], room: int) -> Prefix:
-    """Tokens behind the start token, if there is one, as ordinary text."""
-    start = [] if model.start_token is None else [model.start_token]
-    embeds = model.embed(torch.tensor([[*start, *ids]], dtype=torch.long, device=model.device))
+def _as_text(model: Network, ids: list[int], room: int, *, start: bool) -> Prefix:
+    """Tokens that are read like any text, after the start token if there shall be one."""
+    first = [model.start_token] if start and model.start_token is not None else []
+    embeds = model.embed(torch.tensor([[*first, *ids]], dtype=torch.long, device=model.device))
     model.require_positions(embeds.shape[1] + room)
     return Prefix(DynamicCache(config=model.lm.config), embeds, "base", 0)
 
