@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,24 +68,6 @@ def fails(*arguments: object, saying: str, stdin: bytes | None = None) -> None:
 
 
 # ---- start ----
-
-
-def test_help_is_fast_and_loads_nothing_heavy() -> None:
-    probe = (
-        "import sys; from nugget2d.cli.app import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "print(sorted({'torch', 'transformers', 'pydantic', 'numpy', 'safetensors'} & set(sys.modules)))"
-    )
-    # beside what any program with such help must load, on whatever machine this is
-    seconds: dict[str, list[float]] = {probe: [], "import typer.rich_utils": []}
-    for code, taken in list(seconds.items()) * 5:
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
-        taken.append(time.perf_counter() - start)
-        assert code != probe or done.stdout.splitlines()[-1] == "[]"
-    help_alone, loading = map(min, seconds.values())
-    assert help_alone < 3 * loading
 
 
 def test_the_package_is_the_command() -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from nugget2d.memory.memory import Memory
+from nugget2d.memory.payload import EmbeddingsPayload, TextPayload
 from nugget2d.modeling.cache import cached_states
 from nugget2d.modeling.network import Network
 from nugget2d.modeling.readout import final_norm, slot_layout
@@ -14,12 +15,17 @@ BATCH = 4096  # tokens of the vocabulary that are compared at once
 @torch.no_grad()
 def decode_tokens(model: Network, memory: Memory) -> list[Tensor]:
     """The tokens of each segment, (m,) ids in no order: nearly all of them if the model was trained with the read-out
-    loss (`config.slots`), else those that were chosen as nuggets.
+    loss (`config.slots`), else those that were chosen as nuggets. A text payload is one part, its own tokens; so are
+    embeddings, which tell none.
 
     Args:
         model: the one that made the memory.
         memory: of any ratio; tokens further from their nugget than there are slots are missing.
     """
+    if isinstance(memory.payload, TextPayload):
+        return [model.ids(memory.payload.text)[0].cpu()]
+    if isinstance(memory.payload, EmbeddingsPayload):
+        return [torch.zeros(0, dtype=torch.long)]
     reads_all = model.config.slots and memory.reader.role == "decoder"
     return (_slots if reads_all else _chosen)(model, memory)
 

@@ -125,7 +125,8 @@ def row_cache(cache: Cache, room: int) -> RowCache:
     """One row with the states of `cache`, and room for more; as it is where its heads differ in length."""
     if isinstance(cache, HeadwiseCache):
         return cache
-    keys, values = cached_states(cache)
+    # memories that are read as text or embeddings leave it empty
+    keys, values = cached_states(cache) if cache.get_seq_length() else ([], [])
     row = BatchCache()
     row.add(keys, values, cache.get_seq_length() + room)
     return row

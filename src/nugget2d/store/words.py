@@ -39,6 +39,8 @@ class Words:
         """What `model`, which made the memory, reads off it."""
         parts = decode_tokens(model, memory)
         spans = [(segment.start, segment.end) for segment in memory.segments]
+        if memory.kind != "kv":  # read as a whole
+            spans = [(0, memory.num_chars)]
         counts = np.array([len(part) for part in parts], dtype=np.int32)
         return Words(torch.cat(parts).numpy().astype(np.int32), counts, np.array(spans, dtype=np.int32))
 
