@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=0, help="which novel of the split")
     parser.add_argument("--tokens", type=int, default=None, help="from its start; all if not given")
     parser.add_argument("--block", type=int, default=4_096, help="tokens of a line of the table")
-    parser.add_argument("--tau", type=int, default=128)
+    parser.add_argument("--recent-window", type=int, default=128)
     parser.add_argument("--chunk", type=int, default=None)
     parser.add_argument("--ratio", type=float, default=10)
     parser.add_argument("--max-nuggets", type=int, default=64)
@@ -54,9 +54,9 @@ def main() -> None:
     text = next(islice(documents(source, options.data.parent), options.number, None))
     ids = model.ids(text)[0, : options.tokens]
     streams = {
-        "all nuggets": model.stream(options.tau, options.ratio, chunk=options.chunk),
+        "all nuggets": model.stream(options.recent_window, options.ratio, chunk=options.chunk),
         f"{options.max_nuggets} nuggets": model.stream(
-            options.tau, options.ratio, options.max_nuggets, chunk=options.chunk
+            options.recent_window, options.ratio, options.max_nuggets, chunk=options.chunk
         ),
     }
     full = FullAttention(model)
