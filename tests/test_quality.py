@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.cli.app import app
-from nugget2d.errors import InputError, QualityWarning
+from nugget2d.errors import AccuracyWarning, InputError
 from nugget2d.methods.nugget.accuracy import _Search
 from nugget2d.methods.nugget.encoding import SegmentResult, measure
 from nugget2d.text.segmentation import TextSegment, split
@@ -33,7 +33,7 @@ def nano() -> Nugget2D:
 @pytest.fixture(scope="module")
 def mixed(nano: Nugget2D) -> Memory:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", QualityWarning)
+        warnings.simplefilter("ignore", AccuracyWarning)
         return nano.compress(MIXED, target_accuracy=0.5, dtype="int8")
 
 
@@ -117,7 +117,7 @@ def test_hard_segments_get_more_nuggets(mixed: Memory) -> None:
 
 
 def test_a_missed_target_is_said_once(llama: Nugget2D) -> None:
-    with pytest.warns(QualityWarning, match="segments miss target_accuracy 0.9") as caught:
+    with pytest.warns(AccuracyWarning, match="segments miss target_accuracy 0.9") as caught:
         memory = llama.compress(tiny.TEXT, target_accuracy=0.9)
     assert len(caught) == 1
     assert caught[0].filename == __file__

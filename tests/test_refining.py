@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.cli.app import app
-from nugget2d.errors import InputError, QualityWarning
+from nugget2d.errors import AccuracyWarning, InputError
 from nugget2d.inference.placement import segment_nuggets
 from nugget2d.methods.nugget.encoding import pad
 from nugget2d.modeling.losses import token_losses
@@ -65,17 +65,17 @@ def test_a_segment_is_refined_alike_in_any_batch(llama: Nugget2D) -> None:
 
 def test_it_stops_at_quality_and_says_what_missed(llama: Nugget2D) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error", QualityWarning)
+        warnings.simplefilter("error", AccuracyWarning)
         enough = llama.compress("The keeper wrote.", ratio=1, target_accuracy=0.2, optimize_steps=200)
         whole = llama.compress("The keeper wrote.", ratio=1, optimize_steps=300)
     assert 0.2 <= enough.accuracy < 1
     assert whole.accuracy == 1
     assert llama.reconstruct(whole) == "The keeper wrote."
-    with pytest.warns(QualityWarning, match="optimize longer"):
+    with pytest.warns(AccuracyWarning, match="optimize longer"):
         llama.compress(TEXT, ratio=8, target_accuracy=0.99, optimize_steps=1)
 
 
-@pytest.mark.filterwarnings("ignore::nugget2d.errors.QualityWarning")
+@pytest.mark.filterwarnings("ignore::nugget2d.errors.AccuracyWarning")
 def test_what_is_good_enough_is_left_alone(llama: Nugget2D) -> None:
     plain = llama.compress(tiny.TEXT, ratio=8, exact=True)
     target = max(accuracies(plain))
