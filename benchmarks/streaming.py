@@ -29,7 +29,7 @@ from nugget2d.streaming.stream import Stream
 from nugget2d.training.corpus import documents
 from nugget2d.training.recipe import Source
 
-PIECE = 128  # tokens that full attention reads at a time
+PART = 128  # tokens that full attention reads at a time
 
 
 def main() -> None:
@@ -92,13 +92,13 @@ class FullAttention:
     def append_scored(self, ids: Tensor) -> Tensor:
         """(n,) tokens to their nats."""
         losses = []
-        for piece in ids.split(PIECE):
+        for part in ids.split(PART):
             first = [] if self._last is None else [self._last]
-            inputs = torch.tensor([[*first, *piece[:-1].tolist()]])
+            inputs = torch.tensor([[*first, *part[:-1].tolist()]])
             with self._model.parameters_by_role.role("base") as lm:
                 logits = lm(input_ids=inputs, **as_cache(lm, self._cache), use_cache=True).logits
-            losses.append(token_losses(logits, piece[None, -inputs.shape[1] :])[0])
-            self._last = int(piece[-1])
+            losses.append(token_losses(logits, part[None, -inputs.shape[1] :])[0])
+            self._last = int(part[-1])
         return torch.cat(losses)
 
     def held(self) -> dict[str, int]:

@@ -39,9 +39,9 @@ def mixed(nano: Nugget2D) -> Memory:
 
 def remeasured(model: Nugget2D, text: str, memory: Memory) -> list[float]:
     """Accuracy of every segment, from the memory and the text alone."""
-    pieces = split(model.tokenizer, text, model.config.window)
+    sources = split(model.tokenizer, text, model.config.window)
     accuracies = []
-    for piece, part, segment in zip(pieces, memory.segment_slices, memory.segments, strict=True):
+    for source, part, segment in zip(sources, memory.segment_slices, memory.segments, strict=True):
 
         def own(states, part=part):
             return replace(
@@ -52,7 +52,7 @@ def remeasured(model: Nugget2D, text: str, memory: Memory) -> list[float]:
             memory, keys=tuple(map(own, memory.keys)), values=tuple(map(own, memory.values)), segments=(segment,)
         )
         with torch.no_grad():
-            accuracies.append(measure(model, [SegmentResult(piece, alone, {})])[0].accuracy)
+            accuracies.append(measure(model, [SegmentResult(source, alone, {})])[0].accuracy)
     return accuracies
 
 
@@ -66,7 +66,7 @@ def test_ratio_and_quality_exclude_one_another(llama: Nugget2D) -> None:
 
 @pytest.mark.parametrize("quality", [0, -0.5, 1.01, float("nan")])
 def test_quality_is_a_share(llama: Nugget2D, quality: float) -> None:
-    with pytest.raises(InputError, match="at most 1"):
+    with pytest.raises(InputError, match="target_accuracy"):
         llama.compress("The dog.", target_accuracy=quality)
 
 

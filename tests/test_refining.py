@@ -23,8 +23,8 @@ TEXT = tiny.TEXT[:300]
 def losses(model: Nugget2D, memory: Memory) -> torch.Tensor:
     """(segments,) mean reconstruction loss, in nats."""
     rows = []
-    for number, piece in enumerate(split(model.tokenizer, TEXT, model.config.window)):
-        ids = pad([piece.ids], model.device)
+    for number, segment in enumerate(split(model.tokenizer, TEXT, model.config.window)):
+        ids = pad([segment.ids], model.device)
         logits = model.decode(segment_nuggets(model, [(memory, number)]), ids[:, :-1], prompt="reconstruct")
         rows.append(token_losses(logits, ids).mean())
     return torch.stack(rows)
@@ -88,14 +88,14 @@ def test_what_is_good_enough_is_left_alone(llama: Nugget2D) -> None:
 
 @torch.no_grad()
 def test_going_on_comes_nearer_to_what_the_text_would_say(llama: Nugget2D, monkeypatch: pytest.MonkeyPatch) -> None:
-    piece, rest = split(llama.tokenizer, TEXT, 32)[0], llama.ids(tiny.TEXT[300:400])
-    length = len(piece.ids)
-    whole = torch.cat([torch.tensor([piece.ids]), rest], 1)
+    segment, rest = split(llama.tokenizer, TEXT, 32)[0], llama.ids(tiny.TEXT[300:400])
+    length = len(segment.ids)
+    whole = torch.cat([torch.tensor([segment.ids]), rest], 1)
     expected = llama.decode(None, whole[:, :-1], prompt=None)[:, length - 1 :].log_softmax(-1)
 
     def divergence(steps: int) -> float:
         """From the LM that sees the text, on a continuation that was not imagined."""
-        nuggets = segment_nuggets(llama, [(llama.compress(piece.text, ratio=8, optimize_steps=steps), 0)])
+        nuggets = segment_nuggets(llama, [(llama.compress(segment.text, ratio=8, optimize_steps=steps), 0)])
         predicted = llama.decode(nuggets, rest[:, :-1], prompt="continue", start=length).log_softmax(-1)
         return float((expected.exp() * (expected - predicted)).sum(-1).mean())
 

@@ -1,4 +1,4 @@
-"""Streams: the same in any pieces, the plain LM while nothing has left the window, bounded for ever after."""
+"""Streams: independent of how a text is divided, the plain LM until the window first slides, bounded for ever after."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -24,8 +24,8 @@ def movable(case: tuple[str, str]) -> None:
         pytest.skip("its keys cannot move")
 
 
-def in_pieces(stream: Stream, ids: list[int], sizes: list[int]) -> torch.Tensor:
-    """Feed `ids` in pieces; the losses of all."""
+def in_parts(stream: Stream, ids: list[int], sizes: list[int]) -> torch.Tensor:
+    """Feed `ids` in parts; the losses of all."""
     losses, start = [], 0
     for size in sizes:
         losses.append(stream.append_scored(ids[start : start + size]))
@@ -43,12 +43,12 @@ def same(first: Stream, second: Stream) -> bool:
 
 
 @pytest.mark.usefixtures("movable")
-def test_pieces_do_not_matter(model: Nugget2D) -> None:
+def test_parts_do_not_matter(model: Nugget2D) -> None:
     ids = tiny.random_ids(1, 160)[0].tolist()
     whole, parts = model.stream(RECENT, 4), model.stream(RECENT, 4)
     expected = whole.append_scored(ids)
     assert len(expected) == 160
-    got = in_pieces(parts, ids, [1, 1, 50, 2, *[1] * 40, 30])
+    got = in_parts(parts, ids, [1, 1, 50, 2, *[1] * 40, 30])
     assert torch.allclose(got, expected, atol=1e-4)
     assert same(whole, parts) and whole.num_nuggets == parts.num_nuggets > 0
 
@@ -147,7 +147,7 @@ def test_chunks_of_other_lengths(llama: Nugget2D, chunk: int) -> None:
     ids = tiny.random_ids(1, 90)[0].tolist()
     whole, parts = (llama.stream(RECENT, 4, 6, chunk=chunk) for _ in range(2))
     expected = whole.append_scored(ids)
-    assert torch.allclose(in_pieces(parts, ids, [1, 50, 2, *[1] * 10]), expected, atol=1e-4)
+    assert torch.allclose(in_parts(parts, ids, [1, 50, 2, *[1] * 10]), expected, atol=1e-4)
     assert same(whole, parts)
     assert RECENT <= whole.num_uncompressed <= RECENT + chunk and whole.cache_size == 6 + 1 + whole.num_uncompressed
     parts.rewind(chunk)
@@ -288,9 +288,9 @@ def test_scoring_leaves_the_stream_as_it_was(llama: Nugget2D) -> None:
 
 def test_stopping_to_ask_stops_writing(llama: Nugget2D) -> None:
     stream, other = llama.stream(RECENT, 4), llama.stream(RECENT, 4)
-    pieces = stream.generate("The lamp", max_new_tokens=50)
-    first = next(pieces)
-    pieces.close()
+    parts = stream.generate("The lamp", max_new_tokens=50)
+    first = next(parts)
+    parts.close()
     written = stream.num_tokens - llama.ids("The lamp").shape[1]
     assert first and 1 <= written < 50
     assert list(other.generate("The lamp", max_new_tokens=written)) == [first]
@@ -335,16 +335,16 @@ def test_bad_settings(llama: Nugget2D, options: dict[str, float], message: str) 
 
 
 @pytest.mark.parametrize(
-    ("piece", "message"),
+    ("tokens", "message"),
     [([3, 10**6], "token 1 is 1000000"), ([-1], "token 0 is -1"), (["a"], "token 0 is 'a'"), ("a\ud800", "surrogate")],
 )
-def test_bad_pieces_leave_the_stream_as_it_was(llama: Nugget2D, piece: object, message: str) -> None:
+def test_bad_tokens_leave_the_stream_as_it_was(llama: Nugget2D, tokens: object, message: str) -> None:
     stream, other = llama.stream(RECENT, 4), llama.stream(RECENT, 4)
     for one in (stream, other):
         one.append("The lamp burned and bur")
     for method in (stream.append, stream.append_scored, stream.score):
         with pytest.raises(InputError, match=message):
-            method(piece)  # type: ignore[arg-type]
+            method(tokens)  # type: ignore[arg-type]
     for one in (stream, other):
         one.append("ned on.")
     assert same(stream, other)

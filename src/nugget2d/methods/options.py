@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from nugget2d.config import Frozen
 from nugget2d.deprecation import renamed_keywords
+from nugget2d.errors import InputError
 from nugget2d.memory.memory import Memory
 from nugget2d.methods.base import Method
 from nugget2d.methods.budget import Budget
