@@ -1,4 +1,4 @@
-"""Makes figures of docs/RESULTS.md anew: runs the commands that stand there, then fills the tables.
+"""Reproduces docs/RESULTS.md: runs the commands in it, then fills the tables.
 
     python benchmarks/again.py benchmarks/results/reconstruction benchmarks/results/novel.json
 

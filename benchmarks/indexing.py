@@ -48,8 +48,8 @@ def main() -> None:
         for workers in options.workers:
             job = Job(store=str(Path(folder, str(workers))), model=options.model, options={"ratio": options.ratio})
             summary = index(corpus, job, workers)
-            figures = speed(summary.added, summary.tokens, summary.seconds)
-            results.append({"what": "index", "processes": workers, **figures})
+            metrics = speed(summary.added, summary.tokens, summary.seconds)
+            results.append({"what": "index", "processes": workers, **metrics})
     for result in results:
         result["over_prefill"] = round(result["tokens_per_s"] / results[0]["tokens_per_s"], 3)
     keys = list(results[0])
@@ -74,7 +74,7 @@ def prefill(name: str, texts: list[str]) -> dict[str, Any]:
 
 
 def speed(count: int, tokens: int, seconds: float) -> dict[str, Any]:
-    """The figures of a row."""
+    """The metrics of a row."""
     return {
         "documents": count,
         "tokens": tokens,

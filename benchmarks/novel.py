@@ -19,7 +19,7 @@ from nugget2d.training.recipe import Source
 
 
 def main() -> None:
-    """Compress, reconstruct, compare; print and write the figures."""
+    """Compress, reconstruct, compare; print and write the metrics."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano")
     parser.add_argument("--data", type=Path, required=True, help="records with a `split` field; the val split is used")

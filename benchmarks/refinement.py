@@ -66,7 +66,7 @@ def main() -> None:
 def measure(
     model: Nugget2D, windows: Sequence[Window], reference: Reference, ratio: float, steps: int
 ) -> dict[str, Any]:
-    """All figures of one ratio and number of steps; exact mode makes accuracy known at 0 steps too."""
+    """All metrics of one ratio and number of steps; exact mode makes accuracy known at 0 steps too."""
     texts = [window.text for window in windows]
     targets = torch.tensor([window.target for window in windows])
     start = time.perf_counter()
@@ -96,7 +96,7 @@ def measure(
 
 
 def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
-    """Quality against time, and what going on is worth, one line a ratio, into `picture` (PNG)."""
+    """Accuracy and what continuation retains against time, one line per ratio, into `picture` (PNG)."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     quality, worth = figure.subplots(1, 2)
     for ratio in dict.fromkeys(result["ratio"] for result in results):

@@ -75,7 +75,7 @@ def main() -> None:
                 side: measure(http, body | shared, clients, max(1, options.requests // clients))
                 for side, body in bodies.items()
             }
-            rows += [{"clients": clients, "context": side, **figures} for side, figures in sides.items()]
+            rows += [{"clients": clients, "context": side, **metrics} for side, metrics in sides.items()]
             mine, theirs = sides["memory"], sides["text"]
             rows[-2] |= {
                 "first_token_sooner": round(theirs["first_p50_s"] / mine["first_p50_s"], 1),
@@ -84,7 +84,7 @@ def main() -> None:
             print(rows[-2], rows[-1], sep="\n", flush=True)
     keys = list(rows[0])
     print(markdown_table(keys, [[row.get(key, "") for key in keys] for row in rows]))
-    figures = {
+    metrics = {
         "model": model,
         "cores": os.cpu_count(),
         "document_tokens": memory["num_tokens"],
@@ -93,7 +93,7 @@ def main() -> None:
         "compress_s": round(compress_seconds, 2),
         "results": rows,
     }
-    write_report(options.out, figures)
+    write_report(options.out, metrics)
 
 
 def read_document(model: str, data: Path, tokens: int) -> str:
@@ -109,7 +109,7 @@ def server(options: argparse.Namespace) -> Iterator[httpx.Client]:
     most = max(options.clients)
     with tempfile.TemporaryDirectory() as store:
         command = [sys.executable, "-m", "nugget2d", "serve", "--model", options.model, "--store", store, "--port", "0"]
-        limits = ["--max-context", 2 * options.tokens, "--slots", most, "--queue", most, "--time-limit", 3600]
+        limits = ["--max-context", 2 * options.tokens, "--max-num-seqs", most, "--queue", most, "--time-limit", 3600]
         process = subprocess.Popen([*command, *map(str, limits)], stderr=subprocess.PIPE, text=True)
         if process.stderr is None:
             raise RuntimeError("no pipe to the server")
@@ -137,13 +137,13 @@ def measure(http: httpx.Client, body: dict[str, Any], clients: int, requests: in
     with ThreadPoolExecutor(clients) as pool:
         timings = [timing for part in pool.map(client, range(clients)) for timing in part]
     seconds = time.perf_counter() - start
-    figures: dict[str, Any] = {"requests": len(timings), "requests_per_s": round(len(timings) / seconds, 3)}
-    figures["tokens_per_s"] = round(sum(timing.tokens for timing in timings) / seconds, 2)
+    metrics: dict[str, Any] = {"requests": len(timings), "requests_per_s": round(len(timings) / seconds, 3)}
+    metrics["tokens_per_s"] = round(sum(timing.tokens for timing in timings) / seconds, 2)
     for name in ("first", "last"):
         values = sorted(getattr(timing, name) for timing in timings)
         for percent in (50, 99):
-            figures[f"{name}_p{percent}_s"] = round(values[math.ceil(percent / 100 * len(values)) - 1], 4)
-    return figures
+            metrics[f"{name}_p{percent}_s"] = round(values[math.ceil(percent / 100 * len(values)) - 1], 4)
+    return metrics
 
 
 def ask(http: httpx.Client, body: dict[str, Any]) -> Timing:

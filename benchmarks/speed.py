@@ -4,7 +4,7 @@
 
 What `nugget2d bench breakeven` measures, as ratios: `compress` against a plain prefill of the same text (both from the
 string), and greedy decoding with the memory, all of it, against decoding with the full cache. Everything is timed in
-turns; figures are medians, and only the ratios mean much on a shared machine.
+turns; metrics are medians, and only the ratios mean much on a shared machine.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def ratios(measured: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """All figures of one context."""
+    """All metrics of one context."""
     seconds = measured["seconds"]
     prefill, compress = seconds["once"]["cache"]["median"], seconds["compress"]["median"]
     full, memory = (

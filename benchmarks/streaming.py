@@ -29,7 +29,7 @@ from nugget2d.streaming.stream import Stream
 from nugget2d.training.corpus import documents
 from nugget2d.training.recipe import Source
 
-PIECE = 128  # tokens that full attention reads at a time
+PART = 128  # tokens that full attention reads at a time
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=0, help="which novel of the split")
     parser.add_argument("--tokens", type=int, default=None, help="from its start; all if not given")
     parser.add_argument("--block", type=int, default=4_096, help="tokens of a line of the table")
-    parser.add_argument("--tau", type=int, default=128)
+    parser.add_argument("--recent-window", type=int, default=128)
     parser.add_argument("--chunk", type=int, default=None)
     parser.add_argument("--ratio", type=float, default=10)
     parser.add_argument("--max-nuggets", type=int, default=64)
@@ -54,9 +54,9 @@ def main() -> None:
     text = next(islice(documents(source, options.data.parent), options.number, None))
     ids = model.ids(text)[0, : options.tokens]
     streams = {
-        "all nuggets": model.stream(options.tau, options.ratio, chunk=options.chunk),
+        "all nuggets": model.stream(options.recent_window, options.ratio, chunk=options.chunk),
         f"{options.max_nuggets} nuggets": model.stream(
-            options.tau, options.ratio, options.max_nuggets, chunk=options.chunk
+            options.recent_window, options.ratio, options.max_nuggets, chunk=options.chunk
         ),
     }
     full = FullAttention(model)
@@ -92,13 +92,13 @@ class FullAttention:
     def append_scored(self, ids: Tensor) -> Tensor:
         """(n,) tokens to their nats."""
         losses = []
-        for piece in ids.split(PIECE):
+        for part in ids.split(PART):
             first = [] if self._last is None else [self._last]
-            inputs = torch.tensor([[*first, *piece[:-1].tolist()]])
+            inputs = torch.tensor([[*first, *part[:-1].tolist()]])
             with self._model.parameters_by_role.role("base") as lm:
                 logits = lm(input_ids=inputs, **as_cache(lm, self._cache), use_cache=True).logits
-            losses.append(token_losses(logits, piece[None, -inputs.shape[1] :])[0])
-            self._last = int(piece[-1])
+            losses.append(token_losses(logits, part[None, -inputs.shape[1] :])[0])
+            self._last = int(part[-1])
         return torch.cat(losses)
 
     def held(self) -> dict[str, int]:

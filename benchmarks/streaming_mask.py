@@ -2,7 +2,7 @@
 
     python benchmarks/streaming_mask.py --out benchmarks/results/streaming_mask.json
 
-A forward and a backward pass of the decoder over one text, timed alternately; figures are medians, and only the ratios
+A forward and a backward pass of the decoder over one text, timed alternately; numbers are medians, and only the ratios
 mean much on a shared machine. What the ways share, the output projection and the loss, is timed alone: the factors are
 of the rest, the layers. On CUDA also FlexAttention.
 """
@@ -30,8 +30,8 @@ def main() -> None:
     """Measure, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano")
-    parser.add_argument("--views", type=int, nargs="+", default=[4, 8, 16, 31], help="lengths of text, in chunks")
-    parser.add_argument("--tau", type=int, default=128)
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16, 31], help="lengths of text, in chunks")
+    parser.add_argument("--recent-window", type=int, default=128)
     parser.add_argument("--ratio", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
@@ -41,13 +41,14 @@ def main() -> None:
     model = Nugget2D.from_pretrained(options.model, device=device)
     ways = [way for way in get_args(Way) if way != "flex" or device == "cuda"]
     results = []
-    for views in options.views:
-        layout = Layout(options.tau, model.config.window, views)
+    for steps in options.steps:
+        layout = Layout(options.recent_window, model.config.window, steps)
         results.append(measure(model, layout, max(1, layout.chunk // options.ratio), ways, options.repeats))
         print(results[-1], flush=True)
     keys = list(results[0])
     print(markdown_table(keys, [[result[key] for key in keys] for result in results]))
-    write_report(options.out, {"model": options.model, "tau": options.tau, "ratio": options.ratio, "results": results})
+    settings = {"model": options.model, "tau": options.recent_window, "ratio": options.ratio}
+    write_report(options.out, {**settings, "results": results})
 
 
 def measure(model: Nugget2D, layout: Layout, count: int, ways: list[Way], repeats: int) -> dict[str, Any]:

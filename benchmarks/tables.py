@@ -37,8 +37,8 @@ def filled(text: str) -> str:
 
 
 def reconstruction() -> str:
-    """What comes back from 128 tokens."""
-    header = ["ratio asked", "tokens a nugget", "characters a nugget", "BLEU", "token accuracy %", "faultless windows"]
+    """Reconstruction of 128 tokens."""
+    header = ["ratio asked", "tokens a nugget", "characters a nugget", "BLEU", "token accuracy %", "exact matches"]
     rows = [
         [
             f"{cell['ratio']:g}x",
@@ -88,8 +88,8 @@ def bits() -> str:
     return markdown_table(["ratio asked", "patch", "nuggets (int8)", "whole file"], rows)
 
 
-def going_on() -> str:
-    """Nats of what follows."""
+def continuation() -> str:
+    """Nats of the continuation."""
     report = _read("reconstruction/distortion.json")
     (reference,) = report["lengths"]
     seen = [
@@ -112,8 +112,8 @@ def policies() -> str:
     for policy in POLICIES:
         folder = "distortion" if policy == "even" else f"selection-{policy}"
         cells = {c["ratio"]: c for c in _read(f"{folder}/distortion.json")["cells"] if c["length"] == 128}
-        figures = [f"{cells[r]['bleu']['value']:.1f} / {100 * cells[r]['token_accuracy']['value']:.1f}" for r in ratios]
-        rows.append([policy, *figures])
+        metrics = [f"{cells[r]['bleu']['value']:.1f} / {100 * cells[r]['token_accuracy']['value']:.1f}" for r in ratios]
+        rows.append([policy, *metrics])
     return markdown_table(["selection", *(f"{ratio}x BLEU / accuracy %" for ratio in ratios)], rows)
 
 
@@ -142,7 +142,7 @@ def studies() -> str:
 
 
 def selection_bound() -> str:
-    """What a search with hindsight wins."""
+    """The gain of a search with hindsight."""
     rows = [
         [f"{r['ratio']}x", r["nuggets"], r["round"], f"{r['nats']:.3f}", f"{100 * r['accuracy']:.1f}", r["longest_gap"]]
         for r in _read("selection-bound.json", RESEARCH)["results"]
@@ -156,7 +156,7 @@ def novel() -> str:
     same = "yes" if book["exact_mode_same_bytes"] else "NO"
     rows = [
         ["BLEU over the book", book["bleu"]],
-        ["segments without a fault", f"{book['exact_segments']:.1%}"],
+        ["exactly reconstructed segments", f"{book['exact_segments']:.1%}"],
         ["seconds to compress / to reconstruct", f"{book['compress_seconds']} / {book['reconstruct_seconds']}"],
         ["exact mode returns the book byte for byte", f"{same}, {len(book['exact_mode_fallbacks'])} fallbacks"],
         ["tokens patched, bytes of the patch", f"{book['patched_tokens']}, {book['patch_bytes']}"],
@@ -272,7 +272,7 @@ def speed(report: str = "speed.json") -> str:
         "full cache bytes": "full_cache_bytes",
         "memory file bytes": "memory_file_bytes",
     }
-    rows = [[_figure(r[key]) for key in columns.values()] for r in _read(report)["results"]]
+    rows = [[_number(r[key]) for key in columns.values()] for r in _read(report)["results"]]
     return markdown_table(list(columns), rows)
 
 
@@ -302,7 +302,7 @@ def indexing() -> str:
     """A corpus into a store, against a plain prefill."""
     keys = ("what", "processes", "documents", "tokens", "seconds", "documents_per_s", "tokens_per_s", "over_prefill")
     header = [*keys[:5], "documents a second", "tokens a second", "over prefill"]
-    rows = [[r["what"], *(_figure(r[key]) for key in keys[1:])] for r in _read("indexing.json")["results"]]
+    rows = [[r["what"], *(_number(r[key]) for key in keys[1:])] for r in _read("indexing.json")["results"]]
     return markdown_table(header, rows)
 
 
@@ -317,7 +317,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "profile": profile,
     "grid": grid,
     "bits": bits,
-    "going-on": going_on,
+    "continuation": continuation,
     "policies": policies,
     "selection-study": selection_study,
     "studies": studies,
@@ -354,12 +354,12 @@ def _layers_s(result: dict[str, float], way: str) -> float:
     return result[f"{way}_s"] - result["head_s"]
 
 
-def _interval(figure: dict[str, float], scale: float) -> str:
-    value, low, high = (scale * figure[key] for key in ("value", "low", "high"))
+def _interval(metric: dict[str, float], scale: float) -> str:
+    value, low, high = (scale * metric[key] for key in ("value", "low", "high"))
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _figure(value: float) -> str:
+def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
 
 

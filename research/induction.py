@@ -24,7 +24,7 @@ from nugget2d.model import Nugget2D
 from nugget2d.modeling.cache import Nuggets
 from nugget2d.modeling.hooks import inputs_of
 from nugget2d.modeling.network import Network
-from nugget2d.modeling.readout import SlotLayout, final_norm, slot_layout
+from nugget2d.modeling.readout import HeadReadout, final_norm, head_readout
 from nugget2d.streaming.layout import Layout
 from nugget2d.streaming.parallel import mixed_logits, parted
 from nugget2d.training.corpus import Pack
@@ -36,7 +36,7 @@ SCALE = 9.0  # norm of queries and keys: a match is worth some 14 nats of attent
 SINK = 8.0  # nats of attention for the sink: more than for the best of some hundred tokens that do not match
 GAIN = 1.0  # nats that the token behind a match gains at first
 RIDGE = 20.0
-WINDOWS, LAYOUT = 256, Layout(tau=8, chunk=20, views=6)  # of sample text; and as many of tokens drawn evenly
+WINDOWS, LAYOUT = 256, Layout(recent_window=8, chunk=20, steps=6)  # of sample text; and as many of tokens drawn evenly
 SHARED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_act"),
     *("max_position_embeddings", "initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id"),
@@ -68,13 +68,17 @@ def insert_layer(model: Nugget2D, text: Pack) -> Nugget2D:
     Raises:
         RecipeError: another kind of model.
     """
-    if not isinstance(model.lm, LlamaForCausalLM) or not model.config.slots or not model.lm.config.attention_bias:
+    if (
+        not isinstance(model.lm, LlamaForCausalLM)
+        or not model.config.token_readout
+        or not model.lm.config.attention_bias
+    ):
         raise RecipeError("InsertLayer needs a Llama with attention biases, trained with ReadoutLoss")
-    layout = slot_layout(model)
+    layout = head_readout(model)
     if layout.heads * layout.head_dim != model.lm.config.hidden_size or layout.layers[:1] != [PLACE]:
         raise RecipeError("InsertLayer needs heads that share out the hidden size, and at least two layers")
     extended = _with_room(model)
-    layers = slot_layout(extended)
+    layers = head_readout(extended)
     encoder, decoder = layers.encoder[PLACE], layers.decoder[PLACE]
     ids = text.spread(WINDOWS, LAYOUT.length).to(model.device)
     codes = _codes(model, layout, ids)
@@ -98,7 +102,7 @@ def _with_room(model: Nugget2D) -> Nugget2D:
     lm.set_attn_implementation(model.lm.config._attn_implementation)
     extended = type(model)(lm, model.tokenizer, model.config).to(model.device)
     missing = extended.load_state_dict({_moved(name): one for name, one in model.state_dict().items()}, strict=False)
-    layout = slot_layout(extended)
+    layout = head_readout(extended)
     for layer in (layout.encoder[PLACE], layout.decoder[PLACE]):
         nn.init.zeros_(layer.self_attn.o_proj.weight)
         nn.init.zeros_(layer.mlp.down_proj.weight)
@@ -139,7 +143,7 @@ class _Code:
         return inverse * factor, table * factor
 
 
-def _codes(model: Nugget2D, layout: SlotLayout, ids: Tensor) -> list[_Code]:
+def _codes(model: Nugget2D, layout: HeadReadout, ids: Tensor) -> list[_Code]:
     """The codes of the heads of layer `PLACE`, as linear functions of embeddings."""
     vocabulary = torch.arange(len(model.tokenizer), device=ids.device)
     generator = torch.Generator().manual_seed(0)
@@ -175,7 +179,7 @@ def _fit_encoder(new: Any, old: Any, codes: list[_Code], keys: list[tuple[Tensor
 def _fit_decoder(
     model: Nugget2D,
     new: Any,
-    layout: SlotLayout,
+    layout: HeadReadout,
     ids: Tensor,
     codes: list[_Code],
     keys: list[tuple[Tensor, Tensor]],

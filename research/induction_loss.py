@@ -98,7 +98,7 @@ def induction_loss(
         model: two copies of a Llama-shaped LM with one key-value head for each head.
         inputs: what the decoder's key projection of the layer got, reading `after_start(ids)` or in `mixed_logits`.
         ids: (B, n) the text.
-        layout: how it was read; plain language modelling has one view.
+        layout: how it was read; plain language modelling has one step.
         encoded: a row for each of the text's segments, if nuggets were read and their heads share out the tokens.
         generator: draws the queries.
     """
@@ -115,7 +115,7 @@ def induction_loss(
     # (B, heads, keys) the token that each key is to match
     answers = F.pad(ids[:, :-1], (1, heads.shape[1]), value=-1)[:, None].expand(-1, queries.shape[1], -1)
     places, seen = layout.tokens(device)
-    starts = layout.heads(device, start=model.start_token is not None, prompts=True)[1]
+    starts = layout.sinks(device, start=model.start_token is not None, prompts=True)[1]
     seen = joined([seen, Keys(*(field[: heads.shape[1]] for field in starts))])
     if encoded is not None:
         held = encoded.nuggets.keys[induction_layer(model)].unflatten(0, (len(ids), -1)).transpose(1, 2).flatten(2, 3)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nugget2d.model import Nugget2D
 from nugget2d.modeling.network import Encoded, Network
-from nugget2d.modeling.readout import final_norm, slot_layout
+from nugget2d.modeling.readout import final_norm, head_readout
 from nugget2d.training.corpus import Pack
 from nugget2d.training.plugins import AuxiliaryLoss, MicroBatch
 from nugget2d.training.recipe import Objective
@@ -26,8 +26,8 @@ class ReadoutLoss(AuxiliaryLoss):
 
     def prepare(self, model: Nugget2D, text: Pack) -> Nugget2D:
         """Say so in the model's configuration; refuses models whose heads cannot be told apart."""
-        slot_layout(model)
-        model.config = model.config.model_copy(update={"slots": True})
+        head_readout(model)
+        model.config = model.config.model_copy(update={"token_readout": True})
         return model
 
     def losses(self, batch: MicroBatch, watched: Any) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ def readout_loss(model: Network, encoded: Encoded, ids: Tensor) -> Tensor:
     Logits are taken over the tokens that occur in the batch, not the whole vocabulary: to tell those apart is enough,
     and several times cheaper.
     """
-    layout, norm = slot_layout(model), final_norm(model.lm)
+    layout, norm = head_readout(model), final_norm(model.lm)
     ends = encoded.index.masked_fill(~encoded.valid, -1)  # padding has no gap, and so nothing to read out
     gaps = torch.diff(ends, prepend=ends.new_full((len(ids), 1), -1), dim=1)
     words, numbers = torch.unique(ids, return_inverse=True)

@@ -14,7 +14,7 @@ from nugget2d.errors import RecipeError
 from nugget2d.model import Nugget2D
 from nugget2d.modeling.hooks import inputs_of
 from nugget2d.modeling.network import Network
-from nugget2d.modeling.readout import slot_layout
+from nugget2d.modeling.readout import head_readout
 from nugget2d.modeling.selection import even_ends
 from nugget2d.training.corpus import Pack
 from nugget2d.training.plugins import Plugin
@@ -50,7 +50,7 @@ def set_relative_offsets(model: Network, ids: Tensor) -> None:
     Raises:
         RecipeError: a model without biases, flag, or rotary embedding in each of two layers or more.
     """
-    layout = slot_layout(model)
+    layout = head_readout(model)
     rotary = getattr(model.lm.base_model, "rotary_emb", None)
     if rotary is None or model.flag is None or layout.encoder[0].self_attn.q_proj.bias is None:
         raise RecipeError("RelativeOffsets needs rotary embeddings, `attention_bias: true` and the nugget flag")

@@ -45,7 +45,7 @@ def test_nuggets_are_those_of_a_stream(kind: Any) -> None:
     """Read token by token: the oldest nuggets are given up by whole segments, no query sees more than the budget."""
     model = pooled_memory() if kind == "pooled" else tiny.trained("llama", "copies", selection=kind)
     ids = tiny.random_ids(1, LENGTH)[0]
-    stream = model.stream(BUDGET.tau, BUDGET.ratio, BUDGET.nuggets, chunk=BUDGET.chunk)
+    stream = model.stream(BUDGET.recent_window, BUDGET.ratio, BUDGET.nuggets, chunk=BUDGET.chunk)
     losses, states = [], []
     for token in ids:
         losses.append(stream.append_scored([int(token)]))
@@ -77,9 +77,9 @@ def test_equal_text_is_no_less(llama: Nugget2D) -> None:
 @torch.no_grad()
 def naive_sinks(model: Nugget2D, ids: Tensor, states: int, chunk: int) -> Tensor:
     """One forward pass for each chunk over a cache that is moved to positions 0, 1, ... before it."""
-    tau = states - SINKS - chunk
+    window = states - SINKS - chunk
     kept, losses = None, []
-    starts = [0, *range(tau + chunk, len(ids), chunk)]
+    starts = [0, *range(window + chunk, len(ids), chunk)]
     with model.parameters_by_role.role("base") as lm:
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
             cache = DynamicCache(config=lm.config) if kept is None else kept.to_cache(lm.config)
@@ -89,8 +89,8 @@ def naive_sinks(model: Nugget2D, ids: Tensor, states: int, chunk: int) -> Tensor
             targets = ids[None, start + 1 : end + 1]
             losses.append(token_losses(logits[:, : targets.shape[1]], targets)[0])
             keys, values = cached_states(cache)
-            sinks, last = slice(0, SINKS), slice(keys[0].shape[2] - tau, None)
-            shift = torch.full((1, tau), SINKS + tau - keys[0].shape[2])
+            sinks, last = slice(0, SINKS), slice(keys[0].shape[2] - window, None)
+            shift = torch.full((1, window), SINKS + window - keys[0].shape[2])
             moved = model.rotation([key[:, :, last] for key in keys], shift)
             kept = Nuggets(
                 [torch.cat([key[:, :, sinks], own], dim=2) for key, own in zip(keys, moved, strict=True)],
@@ -193,7 +193,7 @@ def test_the_command(tmp_path: Path) -> None:
     records = [{"text": tiny.TEXT * 16, "split": "val"}, {"text": "not read " * 9000, "split": "train"}]
     (tmp_path / "books.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     data = f"{tmp_path / 'books.jsonl'}:split=val"
-    out = tmp_path / "figures"
+    out = tmp_path / "metrics"
     arguments = ["--model", model, "--data", data, "--states", "64", "--tokens", "2049", "-o", out]
     bench(*arguments)
     report = json.loads((out / "lm.json").read_text())

@@ -69,7 +69,7 @@ def test_every_way_answers_what_generate_does(model: Nugget2D, tmp_path: Path) -
         (Cost(1, 3), Cost(1.5, 2), Payoff(None, None)),
     ],
 )
-def test_when_it_pays(memory: Cost, other: Cost, expected: Payoff) -> None:
+def test_when_it_breaks_even(memory: Cost, other: Cost, expected: Payoff) -> None:
     assert payoff(memory, other) == expected
 
 
@@ -83,19 +83,19 @@ def test_a_summary_by_hand() -> None:
         round_of(7, 1, 4, (3, 5), (1, 3), (0.5, 2)),
         round_of(5, 4, 20, (2, 3), (1, 2.5), (1.5, 3)),
     ]
-    figures = summarize(rounds)
-    seconds = figures["seconds"]
+    summary = summarize(rounds)
+    seconds = summary["seconds"]
     assert seconds["compress"] == {"median": 5, "low": 4, "high": 7}
     # 5, 8 and 9: the median of sums, not the sum of medians
     assert seconds["once"]["memory"] == {"median": 8, "low": 5, "high": 9}
     assert seconds["once"]["cache"] == {"median": 4, "low": 3, "high": 20} and seconds["once"]["text"]["high"] == 0
     assert seconds["first_token"]["memory"] == {"median": 0.5, "low": 0.5, "high": 1.5}
     assert seconds["question"]["text"] == {"median": 4, "low": 3, "high": 5}
-    assert figures["saved_per_question"] == {"text": 2, "cache": 0.5}
-    assert figures["pays"] == {"text": {"first": 4, "last": None}, "cache": {"first": 8, "last": None}}
-    assert [one["first"] for one in figures["pays_in_rounds"]["text"]] == [2, 3, None]
-    assert figures["pays_in_rounds"]["cache"][2] == {"first": 1, "last": 22}
-    assert figures["rounds"][1]["memory"] == {"first": 0.5, "whole": 2}
+    assert summary["saved_per_question"] == {"text": 2, "cache": 0.5}
+    assert summary["pays"] == {"text": {"first": 4, "last": None}, "cache": {"first": 8, "last": None}}
+    assert [one["first"] for one in summary["pays_in_rounds"]["text"]] == [2, 3, None]
+    assert summary["pays_in_rounds"]["cache"][2] == {"first": 1, "last": 22}
+    assert summary["rounds"][1]["memory"] == {"first": 0.5, "whole": 2}
 
 
 class FakeClock:
@@ -161,7 +161,7 @@ def test_the_command(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", context=64)
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("A short one.", tiny.TEXT[:200])))
-    out = tmp_path / "new" / "figures"
+    out = tmp_path / "new" / "summary"
     options = ["--model", model, "--data", data, "--ratio", 4, "--question", 5, "--answer", 3, "--runs", 2]
     result = bench(*options, "--lengths", "40,400", "-o", out)
 
@@ -179,7 +179,7 @@ def test_the_command(tmp_path: Path) -> None:
 
     page = (out / "breakeven.md").read_text()
     assert "| memory |" in page and f"| {long['tokens']}* |" in page and "64 tokens that this model goes on" in page
-    assert "text sent again" in result.stdout and "pays from" in result.stdout
+    assert "text sent again" in result.stdout and "break-even" in result.stdout
     assert (out / "breakeven.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in out.iterdir()) == ["breakeven.json", "breakeven.md", "breakeven.png"]
 

@@ -17,7 +17,7 @@ import tiny
 from cli_fixtures import TEXT, save_tiny_model
 from nugget2d import Memory, Nugget2D
 from nugget2d.cli.app import app
-from nugget2d.cli.chat import figures
+from nugget2d.cli.chat import describe
 
 SCRIPT = [sys.executable, "-c", "from nugget2d.cli.app import main; main()"]
 
@@ -34,7 +34,7 @@ def _restore_warnings() -> Iterator[None]:
 
 
 def chat(model: str, *arguments: object, stdin: str | bytes = "") -> Result:
-    options = ["--model", model, "--tau", "20", "--ratio", "4", "--max-new-tokens", "6"]
+    options = ["--model", model, "--recent-window", "20", "--ratio", "4", "--max-new-tokens", "6"]
     result = CliRunner().invoke(app, ["chat", *map(str, arguments), *options], input=stdin)
     assert result.exit_code == 0, result.output
     return result
@@ -94,7 +94,11 @@ def test_special_tokens_and_long_lines_are_text(model: str) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "saying"),
-    [(["none.txt"], "cannot read none.txt"), (["--tau", "0"], "tau must be"), (["--temperature", "-1"], "temperature")],
+    [
+        (["none.txt"], "cannot read none.txt"),
+        (["--recent-window", "0"], "recent_window must be"),
+        (["--temperature", "-1"], "temperature"),
+    ],
 )
 def test_what_cannot_begin_ends_with_one_line(model: str, arguments: list[str], saying: str) -> None:
     result = CliRunner().invoke(app, ["chat", "--model", model, *arguments], input="")
@@ -104,7 +108,7 @@ def test_what_cannot_begin_ends_with_one_line(model: str, arguments: list[str], 
 
 def test_ctrl_c_stops_the_answer_not_the_program(model: str) -> None:
     process = subprocess.Popen(
-        [*SCRIPT, "chat", "--model", model, "--tau", "20", "--max-new-tokens", "1000000"],
+        [*SCRIPT, "chat", "--model", model, "--recent-window", "20", "--max-new-tokens", "1000000"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -121,10 +125,10 @@ def test_ctrl_c_stops_the_answer_not_the_program(model: str) -> None:
     assert (process.returncode, printed) == (0, b"error: unknown command '/what'; /help lists them\n")
 
 
-def test_on_a_terminal_the_figures_are_shown(model: str, tmp_path: Path) -> None:
+def test_on_a_terminal_the_status_is_shown(model: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(tiny.TEXT)
     near, far = pty.openpty()
-    command = [*SCRIPT, "chat", str(tmp_path / "a.txt"), "--model", model, "--tau", "20", "--ratio", "4"]
+    command = [*SCRIPT, "chat", str(tmp_path / "a.txt"), "--model", model, "--recent-window", "20", "--ratio", "4"]
     process = subprocess.Popen(command, stdin=far, stdout=far, stderr=far)
     os.close(far)
     shown = b""
@@ -134,11 +138,11 @@ def test_on_a_terminal_the_figures_are_shown(model: str, tmp_path: Path) -> None
     assert process.wait(timeout=120) == 0
     os.close(near)
     shown = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown)  # colours, cursor
-    assert re.search(rb"\d+ tokens read, \d+ nuggets and \d+ whole tokens held, [\d,]+ bytes, ratio \d", shown)
+    assert re.search(rb"\d+ tokens read, \d+ nuggets and \d+ uncompressed tokens held, [\d,]+ bytes, ratio \d", shown)
 
 
-def test_the_figures_say_what_is_held() -> None:
+def test_the_status_says_what_is_held() -> None:
     stream = tiny.trained("llama", "copies").stream(20, 4)
     stream.append(tiny.random_ids(1, 20 + 2 * tiny.WINDOW + 1)[0])
-    held = f"85 tokens read, 16 nuggets and 21 whole tokens held, {stream.nbytes:,} bytes, ratio 2.3"
-    assert figures(stream) == held
+    held = f"85 tokens read, 16 nuggets and 21 uncompressed tokens held, {stream.nbytes:,} bytes, ratio 2.3"
+    assert describe(stream) == held

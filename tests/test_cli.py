@@ -114,7 +114,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
 # ---- compress and reconstruct ----
 
 
-def test_compress_reports_its_figures(model: str, source: Path, tmp_path: Path) -> None:
+def test_compress_reports_its_metrics(model: str, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.nugget"
     printed = run("compress", source, "-o", out, "--model", model, "--ratio", 4, "--exact", "--dtype", "int8").stdout
     memory = Memory.load(out)

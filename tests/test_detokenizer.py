@@ -27,9 +27,9 @@ def test_pieces_are_whole_characters_and_all_of_the_text(tokenizer: PreTrainedTo
     @given(texts)
     def check(text: str) -> None:
         ids = tokenize_after(tokenizer, text)
-        pieces = pieces_of(tokenizer, ids)
-        assert "".join(pieces) == text == detokenize_answer(tokenizer, ids)
-        assert not any(REPLACEMENT in piece for piece in pieces)
+        parts = pieces_of(tokenizer, ids)
+        assert "".join(parts) == text == detokenize_answer(tokenizer, ids)
+        assert not any(REPLACEMENT in part for part in parts)
 
     check()
 
@@ -72,9 +72,9 @@ def test_broken_bytes_do_not_hold_back_what_follows() -> None:
     tokenizer = templates.byte_level()
     first = tokenize_after(tokenizer, "😀")[0]
     detokenizer = IncrementalDetokenizer(tokenizer)
-    pieces = [detokenizer.push(first) for _ in range(50)]
-    assert len("".join(pieces)) >= 46
-    assert "".join([*pieces, detokenizer.finish()]) == REPLACEMENT * 50
+    parts = [detokenizer.push(first) for _ in range(50)]
+    assert len("".join(parts)) >= 46
+    assert "".join([*parts, detokenizer.finish()]) == REPLACEMENT * 50
 
 
 def test_a_token_may_end_one_character_and_begin_the_next() -> None:
@@ -96,12 +96,12 @@ def test_an_unfinished_character_at_the_end_is_shown() -> None:
 def test_text_ends_before_a_stop_string(text: str, stops: list[str]) -> None:
     """However tokens cut it."""
     transcript = Transcript(tiny.tokenizer(), stops)
-    pieces = []
+    parts = []
     for token in tiny.tokenizer()(text)["input_ids"] if text else []:
-        pieces.append(transcript.push(token))
+        parts.append(transcript.push(token))
         if transcript.stopped:
             break
-    shown = "".join(pieces) + transcript.finish()
+    shown = "".join(parts) + transcript.finish()
     if not any(stop in text for stop in stops):
         assert shown == text and not transcript.stopped
     else:

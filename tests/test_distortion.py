@@ -1,4 +1,4 @@
-"""The rate-distortion benchmark: its arithmetic on made-up figures, its runs on a tiny model."""
+"""The rate-distortion benchmark: its arithmetic on made-up numbers, its runs on a tiny model."""
 
 import json
 import lzma
@@ -72,7 +72,7 @@ def test_intervals_are_seeded() -> None:
     assert estimate(rows, seed=1) == estimate(rows, seed=1) != estimate(rows, seed=2)
 
 
-# ---- figures ----
+# ---- metrics ----
 
 
 def test_bleu_of_counts_is_corpus_bleu() -> None:
@@ -270,7 +270,7 @@ def test_the_command(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in (tiny.TEXT, "too short", tiny.TEXT)))
-    out = tmp_path / "new" / "figures"
+    out = tmp_path / "new" / "metrics"
     arguments = ["--model", model, "--data", data, "--windows", 2, "--ratios", "4,8", "-o", out]
     bench(*arguments, "--lengths", "12,40")
     report = json.loads((out / "distortion.json").read_text())

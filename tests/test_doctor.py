@@ -85,7 +85,7 @@ def test_what_cannot_be_used_is_a_finding_with_the_reason(tmp_path: Path) -> Non
 
 
 def test_a_model_that_misreads_nuggets_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Local attention counts slots; with the check at load out of the way, measuring alone must tell."""
+    """Local attention counts cache entries; with the check at load out of the way, measuring alone must tell."""
     shape = {"vocab_size": len(tiny.tokenizer()), "hidden_size": 32, "num_layers": 2, "num_heads": 2}
     local = {"attention_types": [[["global", "local"], 1]], "window_size": 8, "initializer_range": 0.2}
     lm = hf.GPTNeoForCausalLM(hf.GPTNeoConfig(**shape, **local))

@@ -1,4 +1,4 @@
-"""The measuring instruments themselves: known inputs, known figures."""
+"""The measuring instruments themselves: known inputs, known metrics."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What inspection shows: every run in order, honest figures, nothing unescaped."""
+"""What inspection shows: every run in order, true metrics, nothing unescaped."""
 
 import json
 import re
@@ -87,7 +87,7 @@ def test_spans_of_tokens_that_end_inside_a_character(model: Nugget2D) -> None:
     assert spans[-1][1] == len(text)
 
 
-def test_json_holds_figures_and_runs(memory: Memory) -> None:
+def test_json_holds_metrics_and_runs(memory: Memory) -> None:
     parsed = json.loads(to_json(inspect_text(model, TEXT, memory)))
     assert "".join(run["text"] for run in parsed["runs"]) == TEXT
     assert (parsed["num_tokens"], parsed["num_nuggets"]) == (memory.num_tokens, memory.num_nuggets)

@@ -112,7 +112,7 @@ def test_peft_reads_both_adapters(kind: str, tmp_path: Path) -> None:
 def test_a_folder_has_a_card_that_the_hub_can_read(tmp_path: Path) -> None:
     model = tiny.make("llama", "lora")
     model.lm.config.name_or_path = "some-team/story-lm"
-    model.save_pretrained(tmp_path, figures={"accuracy_4x": 0.875, "lm_loss": 2.5, "profile_20x": [1.0]})
+    model.save_pretrained(tmp_path, metrics={"accuracy_4x": 0.875, "lm_loss": 2.5, "profile_20x": [1.0]})
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.library_name, card.data.license, card.data.pipeline_tag) == (
         "nugget2d",
@@ -131,7 +131,7 @@ def test_a_folder_has_a_card_that_the_hub_can_read(tmp_path: Path) -> None:
 
 def test_a_card_of_ones_own_is_kept_and_ours_renewed(tmp_path: Path, llama: Nugget2D) -> None:
     path = tmp_path / "README.md"
-    llama.save_pretrained(tmp_path, figures={"accuracy_4x": 0.5})
+    llama.save_pretrained(tmp_path, metrics={"accuracy_4x": 0.5})
     llama.save_pretrained(tmp_path)
     assert "0.5" not in path.read_text()
     mine = path.read_text().replace(MARK, "") + "Trained on letters."

@@ -68,15 +68,15 @@ def test_what_is_generated_is_greedy_and_ends_at_the_stop_string(llama: Nugget2D
 
 
 def test_rolling_predicts_each_piece_from_those_before(llama: Nugget2D) -> None:
-    pieces = [piece.text for piece in split(llama.tokenizer, CONTEXT, llama.config.window)]
-    assert len(pieces) > 2
-    memory = llama.compress("".join(pieces[:1]), ratio=4)
+    segments = [segment.text for segment in split(llama.tokenizer, CONTEXT, llama.config.window)]
+    assert len(segments) > 2
+    memory = llama.compress("".join(segments[:1]), ratio=4)
     results = {mode: NuggetLM(llama, context=mode, ratio=4) for mode in ("full", "memory", "none")}
     assert ask(results["full"], "loglikelihood_rolling", CONTEXT) == pytest.approx(total(llama, CONTEXT), rel=1e-3)
     none = ask(results["none"], "loglikelihood_rolling", CONTEXT)
-    assert none == pytest.approx(sum(total(llama, piece) for piece in pieces), rel=1e-4)
-    two = total(llama, pieces[0]) + total(llama, pieces[1], memory)
-    assert ask(results["memory"], "loglikelihood_rolling", pieces[0] + pieces[1]) == pytest.approx(two, rel=1e-4)
+    assert none == pytest.approx(sum(total(llama, segment) for segment in segments), rel=1e-4)
+    two = total(llama, segments[0]) + total(llama, segments[1], memory)
+    assert ask(results["memory"], "loglikelihood_rolling", segments[0] + segments[1]) == pytest.approx(two, rel=1e-4)
 
 
 def test_impossible_options_are_refused(llama: Nugget2D) -> None:

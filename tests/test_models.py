@@ -150,9 +150,9 @@ def with_window(kind: str, adapters: str, tokens: int) -> Nugget2D:
 
 @pytest.mark.parametrize("kind, adapters", [("mistral", "lora"), ("gemma3", "copies")])
 def test_a_sliding_window_is_read_exactly_to_its_end(kind: str, adapters: str) -> None:
-    """Every slot and every position is in use: what a window cut by slot would get wrong."""
+    """Every state and every position is in use, which a window by cache index would get wrong."""
     model, full = with_window(kind, adapters, 64), with_window(kind, adapters, 4096)
-    assert (model.config.window, model.config.context, model.reach) == (32, 64, 64)
+    assert (model.config.window, model.config.context, model.max_positions) == (32, 64, 64)
     ids = tiny.random_ids(2, 32)
     with torch.no_grad():
         everything = model.encode(ids, [32, 32], [32, 32]).nuggets

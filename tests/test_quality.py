@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.cli.app import app
-from nugget2d.errors import InputError, QualityWarning
+from nugget2d.errors import AccuracyWarning, InputError
 from nugget2d.methods.nugget.accuracy import _Search
 from nugget2d.methods.nugget.encoding import SegmentResult, measure
 from nugget2d.text.segmentation import TextSegment, split
@@ -33,15 +33,15 @@ def nano() -> Nugget2D:
 @pytest.fixture(scope="module")
 def mixed(nano: Nugget2D) -> Memory:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", QualityWarning)
+        warnings.simplefilter("ignore", AccuracyWarning)
         return nano.compress(MIXED, target_accuracy=0.5, dtype="int8")
 
 
 def remeasured(model: Nugget2D, text: str, memory: Memory) -> list[float]:
     """Accuracy of every segment, from the memory and the text alone."""
-    pieces = split(model.tokenizer, text, model.config.window)
+    sources = split(model.tokenizer, text, model.config.window)
     accuracies = []
-    for piece, part, segment in zip(pieces, memory.segment_slices, memory.segments, strict=True):
+    for source, part, segment in zip(sources, memory.segment_slices, memory.segments, strict=True):
 
         def own(states, part=part):
             return replace(
@@ -52,7 +52,7 @@ def remeasured(model: Nugget2D, text: str, memory: Memory) -> list[float]:
             memory, keys=tuple(map(own, memory.keys)), values=tuple(map(own, memory.values)), segments=(segment,)
         )
         with torch.no_grad():
-            accuracies.append(measure(model, [SegmentResult(piece, alone, {})])[0].accuracy)
+            accuracies.append(measure(model, [SegmentResult(source, alone, {})])[0].accuracy)
     return accuracies
 
 
@@ -66,7 +66,7 @@ def test_ratio_and_quality_exclude_one_another(llama: Nugget2D) -> None:
 
 @pytest.mark.parametrize("quality", [0, -0.5, 1.01, float("nan")])
 def test_quality_is_a_share(llama: Nugget2D, quality: float) -> None:
-    with pytest.raises(InputError, match="at most 1"):
+    with pytest.raises(InputError, match="target_accuracy"):
         llama.compress("The dog.", target_accuracy=quality)
 
 
@@ -117,7 +117,7 @@ def test_hard_segments_get_more_nuggets(mixed: Memory) -> None:
 
 
 def test_a_missed_target_is_said_once(llama: Nugget2D) -> None:
-    with pytest.warns(QualityWarning, match="segments miss target_accuracy 0.9") as caught:
+    with pytest.warns(AccuracyWarning, match="segments miss target_accuracy 0.9") as caught:
         memory = llama.compress(tiny.TEXT, target_accuracy=0.9)
     assert len(caught) == 1
     assert caught[0].filename == __file__

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.cli.app import app
-from nugget2d.errors import InputError, QualityWarning
+from nugget2d.errors import AccuracyWarning, InputError
 from nugget2d.inference.placement import segment_nuggets
 from nugget2d.methods.nugget.encoding import pad
 from nugget2d.modeling.losses import token_losses
@@ -23,8 +23,8 @@ TEXT = tiny.TEXT[:300]
 def losses(model: Nugget2D, memory: Memory) -> torch.Tensor:
     """(segments,) mean reconstruction loss, in nats."""
     rows = []
-    for number, piece in enumerate(split(model.tokenizer, TEXT, model.config.window)):
-        ids = pad([piece.ids], model.device)
+    for number, segment in enumerate(split(model.tokenizer, TEXT, model.config.window)):
+        ids = pad([segment.ids], model.device)
         logits = model.decode(segment_nuggets(model, [(memory, number)]), ids[:, :-1], prompt="reconstruct")
         rows.append(token_losses(logits, ids).mean())
     return torch.stack(rows)
@@ -65,17 +65,17 @@ def test_a_segment_is_refined_alike_in_any_batch(llama: Nugget2D) -> None:
 
 def test_it_stops_at_quality_and_says_what_missed(llama: Nugget2D) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error", QualityWarning)
+        warnings.simplefilter("error", AccuracyWarning)
         enough = llama.compress("The keeper wrote.", ratio=1, target_accuracy=0.2, optimize_steps=200)
         whole = llama.compress("The keeper wrote.", ratio=1, optimize_steps=300)
     assert 0.2 <= enough.accuracy < 1
     assert whole.accuracy == 1
     assert llama.reconstruct(whole) == "The keeper wrote."
-    with pytest.warns(QualityWarning, match="optimize longer"):
+    with pytest.warns(AccuracyWarning, match="optimize longer"):
         llama.compress(TEXT, ratio=8, target_accuracy=0.99, optimize_steps=1)
 
 
-@pytest.mark.filterwarnings("ignore::nugget2d.errors.QualityWarning")
+@pytest.mark.filterwarnings("ignore::nugget2d.errors.AccuracyWarning")
 def test_what_is_good_enough_is_left_alone(llama: Nugget2D) -> None:
     plain = llama.compress(tiny.TEXT, ratio=8, exact=True)
     target = max(accuracies(plain))
@@ -88,14 +88,14 @@ def test_what_is_good_enough_is_left_alone(llama: Nugget2D) -> None:
 
 @torch.no_grad()
 def test_going_on_comes_nearer_to_what_the_text_would_say(llama: Nugget2D, monkeypatch: pytest.MonkeyPatch) -> None:
-    piece, rest = split(llama.tokenizer, TEXT, 32)[0], llama.ids(tiny.TEXT[300:400])
-    length = len(piece.ids)
-    whole = torch.cat([torch.tensor([piece.ids]), rest], 1)
+    segment, rest = split(llama.tokenizer, TEXT, 32)[0], llama.ids(tiny.TEXT[300:400])
+    length = len(segment.ids)
+    whole = torch.cat([torch.tensor([segment.ids]), rest], 1)
     expected = llama.decode(None, whole[:, :-1], prompt=None)[:, length - 1 :].log_softmax(-1)
 
     def divergence(steps: int) -> float:
         """From the LM that sees the text, on a continuation that was not imagined."""
-        nuggets = segment_nuggets(llama, [(llama.compress(piece.text, ratio=8, optimize_steps=steps), 0)])
+        nuggets = segment_nuggets(llama, [(llama.compress(segment.text, ratio=8, optimize_steps=steps), 0)])
         predicted = llama.decode(nuggets, rest[:, :-1], prompt="continue", start=length).log_softmax(-1)
         return float((expected.exp() * (expected - predicted)).sum(-1).mean())
 

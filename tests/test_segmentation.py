@@ -17,35 +17,35 @@ FAMILY = "👩‍👩‍👧‍👦"
 
 @given(text=ANY_TEXT, window=st.integers(16, 64))
 def test_pieces_tile_the_text(text: str, window: int) -> None:
-    pieces = split(tiny.tokenizer(), text, window)
-    assert "".join(piece.text for piece in pieces) == text
+    segments = split(tiny.tokenizer(), text, window)
+    assert "".join(segment.text for segment in segments) == text
     start = 0
-    for piece in pieces:
-        assert piece.start == start
-        start += len(piece.text)
-        assert 1 <= len(piece.ids) <= window + 3
-        assert detokenize(tiny.tokenizer(), piece.ids) == piece.text
-        assert all(piece.start <= a <= b <= start for a, b in piece.offsets)
-        assert piece.offsets[-1][1] == start
+    for segment in segments:
+        assert segment.start == start
+        start += len(segment.text)
+        assert 1 <= len(segment.ids) <= window + 3
+        assert detokenize(tiny.tokenizer(), segment.ids) == segment.text
+        assert all(segment.start <= a <= b <= start for a, b in segment.offsets)
+        assert segment.offsets[-1][1] == start
 
 
 def test_cuts_prefer_sentence_ends_then_lines_then_spaces() -> None:
     window = 40
-    for piece in split(tiny.tokenizer(), tiny.TEXT, window)[:-1]:
-        ends_sentence = piece.text.rstrip().rstrip('"').endswith((".", "?", "!"))
-        assert ends_sentence or piece.text[-1].isspace() or tiny.TEXT[piece.start + len(piece.text)].isspace()
-    pieces = split(tiny.tokenizer(), "Alpha beta gamma. " * 40, window)
-    assert all(piece.text.rstrip().endswith(".") for piece in pieces)
+    for segment in split(tiny.tokenizer(), tiny.TEXT, window)[:-1]:
+        ends_sentence = segment.text.rstrip().rstrip('"').endswith((".", "?", "!"))
+        assert ends_sentence or segment.text[-1].isspace() or tiny.TEXT[segment.start + len(segment.text)].isspace()
+    segments = split(tiny.tokenizer(), "Alpha beta gamma. " * 40, window)
+    assert all(segment.text.rstrip().endswith(".") for segment in segments)
     lines = split(tiny.tokenizer(), "alpha beta gamma\n" * 40, window)
-    assert all(piece.text.strip("\n").startswith("alpha") for piece in lines)
+    assert all(segment.text.strip("\n").startswith("alpha") for segment in lines)
 
 
 @pytest.mark.parametrize("unit", ["😀", FAMILY, "é", "👍🏽", "\r\n", "ü"])
 def test_what_is_shown_as_one_character_stays_whole(unit: str) -> None:
     if len(tokenize(tiny.tokenizer(), unit)[0]) > 28:
         pytest.skip("longer than half a window in this tokenizer")
-    for piece in split(tiny.tokenizer(), unit * 60, 64):
-        assert len(piece.text) % len(unit) == 0, unicodedata.name(unit[0], "?")
+    for segment in split(tiny.tokenizer(), unit * 60, 64):
+        assert len(segment.text) % len(unit) == 0, unicodedata.name(unit[0], "?")
 
 
 def test_one_character_too_wide_for_the_window_is_refused() -> None:

@@ -232,9 +232,9 @@ def test_index_goes_on_where_it_stopped(corpus: Path, tmp_path: Path, model: str
         kept = len(opened.records())
         assert 0 < kept < 12 and opened.verify() == []
     result = run("index", corpus, "--store", store, "--model", model, "--ratio", 4, "--workers", 1, code=1)
-    figures = dict(line.rsplit(None, 1) for line in result.stdout.splitlines())
-    assert figures["added"] == str(12 - kept) and figures["in the store before"] == str(kept + 1)
-    assert figures["failed"] == "2" and result.stderr.count("error: ") == 2
+    metrics = dict(line.rsplit(None, 1) for line in result.stdout.splitlines())
+    assert metrics["added"] == str(12 - kept) and metrics["in the store before"] == str(kept + 1)
+    assert metrics["failed"] == "2" and result.stderr.count("error: ") == 2
     assert "error: corpus.jsonl:14: not a JSON object" in result.stderr
 
 

@@ -131,11 +131,11 @@ def test_encodings_are_those_of_llama2c(tokens: Path, tokenizer: PreTrainedToken
 def test_a_tokenizer_that_puts_a_space_before_texts_loses_nothing(
     tokenizer: PreTrainedTokenizerFast, text: str, window: int
 ) -> None:
-    pieces = split(tokenizer, text, window)
-    assert "".join(piece.text for piece in pieces) == text
-    for piece in pieces:
-        assert detokenize(tokenizer, piece.ids) == piece.text
-        assert piece.offsets[-1][1] == piece.start + len(piece.text)
+    segments = split(tokenizer, text, window)
+    assert "".join(segment.text for segment in segments) == text
+    for segment in segments:
+        assert detokenize(tokenizer, segment.ids) == segment.text
+        assert segment.offsets[-1][1] == segment.start + len(segment.text)
 
 
 @given(before=TEXT, text=TEXT.filter(bool))

@@ -1,4 +1,4 @@
-"""What streams are made of: text in pieces, thinning, the threshold, and whole texts in parallel."""
+"""What streams are made of: text in parts, eviction, the threshold, and whole texts in parallel."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,18 +16,18 @@ from nugget2d.modeling.cache import Nuggets
 from nugget2d.modeling.losses import token_losses
 from nugget2d.modeling.parameters import Role
 from nugget2d.modeling.selection import count_nuggets
+from nugget2d.streaming.eviction import evict, keep_counts
 from nugget2d.streaming.feed import LONGEST, TextFeed
 from nugget2d.streaming.layout import Layout
 from nugget2d.streaming.parallel import Way, mixed_logits
-from nugget2d.streaming.thinning import allot, thin
 from nugget2d.text.segmentation import tokenize
 from nugget2d.training.objectives import stream_loss
 
-# ---- text in pieces ----
+# ---- text in parts ----
 
 
 @given(st.text(alphabet="ab \n.é😀", max_size=60), st.lists(st.integers(0, 60), max_size=6))
-def test_pieces_of_text_are_tokens_of_the_whole(text: str, cuts: list[int]) -> None:
+def test_parts_of_text_are_tokens_of_the_whole(text: str, cuts: list[int]) -> None:
     feed, ids, start = TextFeed(tiny.tokenizer()), [], 0
     for cut in sorted({*cuts, len(text)}):
         ids += feed.push(text[start:cut])
@@ -40,33 +40,33 @@ def test_endless_words_are_not_held_for_ever() -> None:
     whole, parts = TextFeed(tiny.tokenizer()), TextFeed(tiny.tokenizer())
     expected = whole.push(text)
     assert len(tiny.tokenizer().decode(expected)) == 3 * LONGEST
-    assert [token for piece in text for token in parts.push(piece)] == expected
+    assert [token for part in text for token in parts.push(part)] == expected
 
 
-# ---- thinning ----
+# ---- eviction ----
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.integers(1, 100))
 def test_the_oldest_give_way(counts: list[int], most: int) -> None:
-    kept = allot(counts, most)
+    kept = keep_counts(counts, most)
     assert sum(kept) == min(most, sum(counts))
     assert all(0 <= after <= before for after, before in zip(kept, counts, strict=True))
     first = next(index for index, count in enumerate(kept) if count)
     assert kept[first + 1 :] == counts[first + 1 :]
 
 
-def test_thinned_memories_keep_their_last_nuggets(llama: Nugget2D) -> None:
+def test_reduced_memories_keep_their_last_nuggets(llama: Nugget2D) -> None:
     memories = [llama.compress(text, ratio=2) for text in (tiny.TEXT[:40], tiny.TEXT[40:80])]
     newest = memories[1].num_nuggets
-    thinned = thin(memories, newest + 3)
-    assert [memory.num_nuggets for memory in thinned] == [3, newest]
-    assert thinned[1] is memories[1]
-    assert thinned[0].spans[-1] == memories[0].spans[-1] and set(thinned[0].spans) <= set(memories[0].spans)
-    assert thinned[0].num_tokens == memories[0].num_tokens
-    chosen = [memories[0].spans.index(span) for span in thinned[0].spans]
-    assert torch.equal(thinned[0].keys[1].data, memories[0].keys[1].data[:, chosen])
-    assert len(thin(memories, 1)) == 1
-    assert llama.reconstruct(thinned[0])  # a memory like any other
+    reduced = evict(memories, newest + 3)
+    assert [memory.num_nuggets for memory in reduced] == [3, newest]
+    assert reduced[1] is memories[1]
+    assert reduced[0].spans[-1] == memories[0].spans[-1] and set(reduced[0].spans) <= set(memories[0].spans)
+    assert reduced[0].num_tokens == memories[0].num_tokens
+    chosen = [memories[0].spans.index(span) for span in reduced[0].spans]
+    assert torch.equal(reduced[0].keys[1].data, memories[0].keys[1].data[:, chosen])
+    assert len(evict(memories, 1)) == 1
+    assert llama.reconstruct(reduced[0])  # a memory like any other
 
 
 # ---- threshold ----
@@ -87,7 +87,7 @@ def test_a_calibrated_stream_meets_the_ratio(ratio: float, tmp_path: Path) -> No
     assert memory.num_tokens / memory.num_nuggets == pytest.approx(ratio, rel=0.1)
     chosen = set(memory.positions)
     for start in range(0, len(ids), tiny.WINDOW):
-        if stream.num_tokens - start > stream.num_whole:  # the whole tokens are cut elsewhere
+        if stream.num_tokens - start > stream.num_uncompressed:  # the recent tokens are cut elsewhere
             scores = model.token_scores(ids[None, start : start + tiny.WINDOW])[0]
             above = {start + int(place) for place in (scores[:-1] > threshold.value).nonzero()}
             assert {place for place in chosen if start <= place < start + tiny.WINDOW - 1} == above
@@ -148,17 +148,17 @@ def test_all_ways_are_the_dense_mask(case: tuple[str, str], model: Nugget2D, lay
     dense = mixed_logits(model, nuggets, ids, layout, "dense")
     assert torch.allclose(mixed_logits(model, nuggets, ids, layout, way), dense, atol=1e-4)
     blind = mixed_logits(model, Nuggets(nuggets.keys, [value * 2 for value in nuggets.values]), ids, layout, way)
-    first = layout.tau + layout.chunk
+    first = layout.recent_window + layout.chunk
     assert torch.allclose(blind[:, :first], dense[:, :first], atol=1e-4)
     assert not torch.allclose(blind[:, first:], dense[:, first:], atol=1e-2)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("role", ["decoder", "base"])
-def test_a_reach_hides_older_segments(llama: Nugget2D, role: Role) -> None:
-    """Chunks that gather only what is in reach see what the dense mask shows; the base sees no heads."""
+def test_older_segments_can_be_hidden(llama: Nugget2D, role: Role) -> None:
+    """Chunks that gather only visible segments are the dense mask; the base sees no sinks."""
     ids = tiny.random_ids(1, 20 + 4 * tiny.WINDOW)
-    near, all_of_them = (Layout(20, tiny.WINDOW, 4, reach) for reach in (1, None))
+    near, all_of_them = (Layout(20, tiny.WINDOW, 4, visible) for visible in (1, None))
     nuggets = nuggets_of(llama, ids, near)
     found = mixed_logits(llama, nuggets, ids, near, "chunked", role=role)
     assert torch.allclose(found, mixed_logits(llama, nuggets, ids, near, "dense", role=role), atol=1e-4)
@@ -173,13 +173,13 @@ def test_a_reach_hides_older_segments(llama: Nugget2D, role: Role) -> None:
 
 @torch.no_grad()
 def test_in_parallel_is_one_by_one(case: tuple[str, str], model: Nugget2D, plain: Nugget2D, layout: Layout) -> None:
-    """Trained adapters differ in the first view, which a stream's base reads (see `mixed_logits`); fresh ones not."""
+    """Trained adapters differ in the first step, which a stream's base reads (see `mixed_logits`); fresh ones not."""
     if not tiny.KINDS[case[0]].movable:
         pytest.skip("its keys cannot move")
     model = plain if case[1] == "lora" else model
     ids = tiny.random_ids(1, layout.length)
     logits = mixed_logits(model, nuggets_of(model, ids, layout), ids, layout)
-    stream = model.stream(layout.tau, 4)
+    stream = model.stream(layout.recent_window, 4)
     for token, expected in zip(ids[0].tolist(), logits[0], strict=True):
         stream.append([token])
         assert torch.allclose(stream.logits, expected, atol=1e-4)
@@ -206,15 +206,15 @@ def test_gradients_are_those_of_the_dense_mask(layout: Layout) -> None:
 
 
 def test_the_objective_is_the_loss_of_a_stream(llama: Nugget2D) -> None:
-    layout = Layout(tau=20, chunk=tiny.WINDOW, views=4)
+    layout = Layout(recent_window=20, chunk=tiny.WINDOW, steps=4)
     ids = tiny.random_ids(2, layout.length)
     count = count_nuggets([tiny.WINDOW], 4)[0]
     with torch.no_grad():
         loss, _ = stream_loss(llama, ids, layout, count, llama.config.selection, torch.Generator())
     expected = []
     for row in ids:
-        stream = llama.stream(layout.tau, 4)
-        expected.append(stream.append_scored(row)[layout.tau + layout.chunk + 1 :])
+        stream = llama.stream(layout.recent_window, 4)
+        expected.append(stream.append_scored(row)[layout.recent_window + layout.chunk + 1 :])
     assert float(loss) == pytest.approx(float(torch.cat(expected).mean()), abs=1e-4)
 
 

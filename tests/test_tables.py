@@ -17,7 +17,7 @@ def test_pages_show_the_results(page: Path) -> None:
 
 def test_what_stands_in_a_table_is_replaced() -> None:
     made = f"before\n<!-- table speed -->\n{tables.speed()}\n<!-- end -->\nafter"
-    for old in ("old | figures\n", ""):
+    for old in ("old | numbers\n", ""):
         text = f"before\n<!-- table speed -->\n{old}<!-- end -->\nafter"
         assert tables.filled(text + text) == made + made
 

@@ -220,8 +220,8 @@ def test_a_compressor_on_a_base_of_ones_own(tmp_path: Path) -> None:
     folder = train(tmp_path / "lora.yaml")
     assert folder == tmp_path / "run"
     log = [json.loads(line) for line in (folder / "compress" / "log.jsonl").read_text().splitlines()]
-    figures = [record["held_out"]["continue_none"] for record in log if "held_out" in record]
-    assert figures[-1] < figures[0]
+    losses = [record["held_out"]["continue_none"] for record in log if "held_out" in record]
+    assert losses[-1] < losses[0]
     after = load_file(folder / "model" / "base" / "model.safetensors")
     assert all(torch.equal(after[name], tensor.bfloat16()) for name, tensor in before.items())
     assert Nugget2D.from_pretrained(folder / "model").config.adapters == "lora"
@@ -249,7 +249,7 @@ def test_streams_are_as_they_will_be_read(tmp_path: Path, monkeypatch: pytest.Mo
     drawn: set[tuple[int, int, int | None, int]] = set()
 
     def watched(model: Nugget2D, ids: Tensor, layout: Layout, count: int, *others: object) -> tuple[Tensor, None]:
-        drawn.add((layout.tau, layout.chunk, layout.reach, count))
+        drawn.add((layout.recent_window, layout.chunk, layout.visible_segments, count))
         return ids.float().sum(), None
 
     monkeypatch.setattr(tasks, "stream_loss", watched)
@@ -270,7 +270,7 @@ def test_streams_are_as_they_will_be_read(tmp_path: Path, monkeypatch: pytest.Mo
         generator = torch.Generator().manual_seed(seed)
         task.loss(0.0, generator, generator)
     counts = {(8, 4): 2, (8, 8): 1, (16, 4): 4, (16, 8): 2}
-    assert drawn == {(8, chunk, reach, count) for (chunk, _), count in counts.items() for reach in (1, 3)}
+    assert drawn == {(8, chunk, visible, count) for (chunk, _), count in counts.items() for visible in (1, 3)}
 
 
 def test_smoke_recipe_learns_to_copy(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ class UnsavedMemory(Nugget2D):
         *,
         dtype: torch.dtype | None = None,
         base: bool = True,
-        figures: Mapping[str, object] | None = None,
+        metrics: Mapping[str, object] | None = None,
     ) -> None:
         """Refuse.
 

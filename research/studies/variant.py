@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nugget2d.errors import NuggetError, RecipeError
-from nugget2d.evaluation.held_out import held_out_figures
+from nugget2d.evaluation.held_out import held_out_metrics
 from nugget2d.files import atomic_write
 from nugget2d.training.corpus import Pack
 from nugget2d.training.run import fit_recipe
@@ -44,7 +44,7 @@ def run_variant(variant: Variant, home: Path, out: Path, windows: int) -> None:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens": sum(record["tokens"] for record in last_records(folder)),
         "seconds": round(sum(record["minutes"] for record in last_records(folder)) * 60, 1),
-        "metrics": held_out_figures(model, ids, context, RATIOS),
+        "metrics": held_out_metrics(model, ids, context, RATIOS),
     }
     with atomic_write(folder / "result.json") as file:
         file.write((json.dumps(result) + "\n").encode())

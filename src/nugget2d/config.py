@@ -1,8 +1,8 @@
-"""What a Nugget2D is made of, as one frozen record that is saved beside its weights."""
+"""`NuggetConfig`: the configuration of a compressor, saved beside its weights."""
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 Adapters = Literal["lora", "copies"]  # how a compressor is trained
 MemoryKind = Literal["nuggets", "pooled"]
@@ -16,17 +16,17 @@ class Frozen(BaseModel):
 
 
 class Threshold(Frozen):
-    """Tokens that score above `value` are nuggets; on the text it was calibrated on, one in `ratio` tokens."""
+    """Tokens that score above `value` become nuggets: one in `ratio` tokens of the text it was calibrated on."""
 
     ratio: float = Field(ge=1)
     value: float
 
 
 class NuggetConfig(Frozen):
-    """The choices that a checkpoint was trained with.
+    """The choices that a checkpoint was trained with; `slots`, in older files, is `token_readout`.
 
     Attributes:
-        name: how errors and memory files call this model.
+        name: of this model in error messages and memory files.
         memory: what the model was trained to read; "pooled" is a baseline (nugget2d.pooled).
         adapters: "lora" = two low-rank adapters on a frozen base (the published form, Nugget2D section 3);
             "copies" = the base itself decodes, a full copy of its layers encodes (best for small bases);
@@ -36,11 +36,12 @@ class NuggetConfig(Frozen):
         scorer_layer: the scorer reads the hidden state after this many layers, adapters off.
         selection: how nuggets are chosen unless a call says otherwise (see selection.py).
         window: the longest segment that the model was trained on, in tokens; longer texts are cut.
-        context: the longest text, in tokens, that the model was trained to go on from; of a longer memory,
-            the last segments that fit are read.
+        context: the longest text, in tokens, that the model was trained to continue from; of a longer memory, the last
+            segments that fit are read.
         flag: add a learned vector to the input embedding of chosen tokens ("nugget feedback", Nugget, section 3).
-        slots: its nuggets spell the tokens before them, slot by slot (slots.py): the read-out loss trained it so.
-        threshold: how a stream chooses nuggets unless its ratio is given (`Nugget2D.calibrate`); None counts instead.
+        token_readout: trained with the read-out loss, so that each head of a nugget carries one of the tokens before it
+            (modeling/readout.py) and nearly all tokens can be decoded from the states.
+        threshold: the scores by which streams choose nuggets (`Nugget2D.calibrate`); None chooses by a ratio.
     """
 
     name: str = "unnamed"
@@ -53,5 +54,5 @@ class NuggetConfig(Frozen):
     window: int = Field(default=512, ge=8)
     context: int = Field(default=4096, ge=8)
     flag: bool = True
-    slots: bool = False
+    token_readout: bool = Field(default=False, validation_alias=AliasChoices("token_readout", "slots"))
     threshold: Threshold | None = None

@@ -42,7 +42,7 @@ class RecipeError(NuggetError):
 
 
 class OverloadError(NuggetError):
-    """As many requests are waiting as may; try again later."""
+    """The queue of waiting requests is full; try again later."""
 
 
 class TimeLimitError(NuggetError):
@@ -54,12 +54,15 @@ class ShutdownError(NuggetError):
 
 
 class ContextWarning(UserWarning):
-    """A memory stands for more text than the model can go on from; only its last segments are read."""
+    """A memory stands for more text than the model can continue from; only its last segments are read."""
 
 
 class ExactFallbackWarning(UserWarning):
     """Replay of an exact memory did not verify on this machine; the stored lossless copy was used."""
 
 
-class QualityWarning(UserWarning):
-    """Some segments of a memory miss the quality that was asked for; each keeps the best that was measured."""
+class AccuracyWarning(UserWarning):
+    """Some segments of a memory miss `target_accuracy`; each keeps the states with the best measured accuracy."""
+
+
+QualityWarning = AccuracyWarning  # the former name, for one release

@@ -1,4 +1,4 @@
-"""Reading text, writing files so that nothing half-written is ever left behind, and the folder for caches."""
+"""Reading text, writing files atomically, and the cache folder."""
 
 import os
 import stat
@@ -54,12 +54,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_writable(path: Path, *, force: bool) -> None:
-    """Refuse early what would fail late: an existing output, a folder in its place, a missing parent."""
+    """Refuse an output file before any work: it exists, is a folder, or has no parent folder."""
     mode = None
     try:
         parent = path.parent.is_dir()
         with suppress(FileNotFoundError, NotADirectoryError):
-            mode = path.stat().st_mode  # looked at once: between two looks somebody may remove it
+            mode = path.stat().st_mode  # one call only: the file may be removed between two
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     # a rename onto a device such as /dev/null would replace the device
@@ -74,7 +74,7 @@ def check_writable(path: Path, *, force: bool) -> None:
 
 
 def cache_folder() -> Path:
-    """Where files are kept that can be made again: $NUGGET2D_CACHE, else nugget2d/ in $XDG_CACHE_HOME or ~/.cache.
+    """Where files are kept that can be recreated: $NUGGET2D_CACHE, else nugget2d/ in $XDG_CACHE_HOME or ~/.cache.
 
     Raises:
         OutputError: none is set and this user has no home folder.
@@ -90,7 +90,7 @@ def cache_folder() -> Path:
 
 
 def file_identity(path: Path) -> tuple[str, int, int, int]:
-    """Absolute path, size, time of the last change (ns) and inode: a file that was written again has another."""
+    """Absolute path, size, time of the last change (ns) and inode: a file that is rewritten gets another."""
     state = path.stat()
     return str(path.absolute()), state.st_size, state.st_mtime_ns, state.st_ino
 

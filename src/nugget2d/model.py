@@ -1,4 +1,4 @@
-"""`Nugget2D`: compress a text into a memory, and read memories back (Nugget2D, arXiv 2310.02409)."""
+"""`Nugget2D`, the public class: compress texts into memories, and read memories (Nugget2D, arXiv 2310.02409)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ from nugget2d.checkpoints.kinds import class_of
 from nugget2d.checkpoints.load import load
 from nugget2d.checkpoints.save import push, save
 from nugget2d.config import Adapters, MemoryKind, NuggetConfig, Threshold
+from nugget2d.deprecation import renamed_keywords
 from nugget2d.errors import InputError, ModelError
 from nugget2d.inference import generation, reconstruction, scoring
 from nugget2d.memory.memory import Memory
@@ -27,7 +28,7 @@ from nugget2d.streaming.threshold import calibrate_threshold
 
 
 class Nugget2D(Network):
-    """A causal LM that compresses texts into memories and reads them; make one with `from_pretrained` or `from_base`.
+    """A causal LM that compresses texts into memories and reads them; see `from_pretrained` and `from_base`.
 
     The tensor-level passes that it inherits (`encode`, `decode`, `token_scores`) are for training and research.
     """
@@ -57,13 +58,13 @@ class Nugget2D(Network):
             dtype: precision of the LM, also as a string ("bfloat16"), or "auto" for that of its files; everything
                 trained keeps float32, but for copied layers.
             device: where to; not applied with `device_map` or `quantization_config`.
-            device_map: where transformers shall put the LM's layers, e.g. "auto".
+            device_map: where transformers puts the LM's layers, e.g. "auto".
             base: for adapters saved alone: the folder or hub id of their base, if it is not where it was.
-            quantization_config: how transformers shall quantize the LM, e.g. `BitsAndBytesConfig(load_in_8bit=True)`.
+            quantization_config: how transformers quantizes the LM, e.g. `BitsAndBytesConfig(load_in_8bit=True)`.
 
         Raises:
             ModelError: there is no such model, it is a peft adapter, its files are incomplete, its base is another
-                one, it is of a kind that cannot be supported, or it was trained to read other memories than this class.
+                one, it is of an unsupported kind, or it was trained to read other memories than this class.
             InputError: a `base` for a model that has its own.
             OutputError: the cache folder cannot be written.
         """
@@ -89,13 +90,14 @@ class Nugget2D(Network):
         )
         return model if device_map is not None or quantization_config is not None else model.to(device)
 
+    @renamed_keywords(figures="metrics")
     def save_pretrained(
         self,
         folder: Path | str,
         *,
         dtype: torch.dtype | None = None,
         base: bool = True,
-        figures: Mapping[str, object] | None = None,
+        metrics: Mapping[str, object] | None = None,
     ) -> None:
         """Write configuration, weights, tokenizer and a model card to `folder`, for `from_pretrained`.
 
@@ -103,14 +105,14 @@ class Nugget2D(Network):
             folder: where to.
             dtype: rounds the weights; None keeps them.
             base: False leaves out the frozen LM and records where it was loaded from, and a digest.
-            figures: for the card: what `evaluation.held_out.held_out_figures` measured.
+            metrics: for the card, from `evaluation.held_out.held_out_metrics`.
 
         Raises:
-            InputError: the base cannot be left out ("copies" trains it; an object never had a place), or is quantized
-                and must be.
+            InputError: the base cannot be left out ("copies" trains it; an object was not loaded from anywhere), or is
+                quantized and must be.
             OutputError: the folder cannot be written.
         """
-        save(self, folder, dtype, base=base, figures=figures)
+        save(self, folder, dtype, base=base, metrics=metrics)
 
     def push_to_hub(
         self, repo_id: str, *, base: bool = True, private: bool | None = None, token: str | None = None
@@ -147,11 +149,11 @@ class Nugget2D(Network):
             tokenizer: needed with an object; read from the same place otherwise.
             adapters: "lora" (frozen base, two adapters) or "copies" (two full sets of layers).
             dtype: precision to load the base in; an object keeps its own. Adapters are float32 always.
-            quantization_config: how transformers shall quantize the base while loading it ("lora" only).
+            quantization_config: how transformers quantizes the base while loading it ("lora" only).
             options: other fields of `NuggetConfig`; those left out are chosen to fit the LM.
 
         Raises:
-            ModelError: the LM cannot be loaded, carries a peft adapter, or is of a kind that cannot be supported.
+            ModelError: the LM cannot be loaded, carries a peft adapter, or is of an unsupported kind.
             InputError: an object is no LM of transformers or came without a tokenizer; copies of a quantized base.
             OutputError: see `from_pretrained`.
         """
@@ -177,7 +179,7 @@ class Nugget2D(Network):
         model.loaded_weights = weights
         return model
 
-    # ---- what users call ----
+    # ---- compress and read ----
 
     @overload
     def compress(
@@ -230,7 +232,7 @@ class Nugget2D(Network):
                 (see `NuggetMethod`).
 
         Warns:
-            QualityWarning: some segments miss `target_accuracy`; they keep the best that was measured.
+            AccuracyWarning: some segments miss `target_accuracy`; they keep the states with the best measured accuracy.
 
         Raises:
             InputError: an empty text, an unknown method, option or dtype, a budget out of range, or several budgets.
@@ -250,7 +252,7 @@ class Nugget2D(Network):
     def reconstruct(
         self, memory: Memory | Sequence[Memory], *, on_progress: Callable[[int, int], None] | None = None
     ) -> str | list[str]:
-        """The text that a memory stands for, by greedy decoding; an exact memory returns the very same string.
+        """The text of a memory, by greedy decoding; an exact memory returns the identical string.
 
         Warns:
             ExactFallbackWarning: an exact memory did not verify here, and its stored lossless copy was used.
@@ -311,14 +313,14 @@ class Nugget2D(Network):
         stream: bool = False,
         **options: Any,
     ) -> str | list[str] | Iterator[str]:
-        """Continue `prompt` as if the text of `memory` stood before it; without memory, plain language modelling.
+        """Continue `prompt` as if the text of `memory` were before it; without memory, plain language modelling.
 
         Args:
             prompt: what to continue, as text or as token ids, e.g. those of a chat template around the memory
                 (`inference.prompting.split_around`); may be empty when there is a memory.
             memory: the compressed context.
             max_new_tokens: at most so many tokens.
-            stream: return an iterator of text pieces instead of one string.
+            stream: return an iterator over parts of the text instead of one string.
             options: passed to transformers' `generate` (do_sample, temperature, top_p, num_beams, ...). With
                 num_return_sequences the result is a list of so many strings.
 
@@ -331,8 +333,8 @@ class Nugget2D(Network):
     def score(self, text: str, *, memory: Memory | None = None, prompt: str | Sequence[int] = "") -> float:
         """Mean negative log-likelihood of `text` after `memory` and `prompt`, in nats per token of this tokenizer.
 
-        With nothing before it the first token, which nothing predicts, is not counted unless the tokenizer has a start
-        (or end-of-text) token to stand before it.
+        Without memory and prompt, the first token is counted only if the tokenizer has a start (or end-of-text) token
+        to predict it from.
 
         Raises:
             InputError: no token to score.
@@ -340,38 +342,39 @@ class Nugget2D(Network):
         """
         return scoring.score(self, text, memory, prompt)
 
+    @renamed_keywords(tau="recent_window")
     def stream(
         self,
-        tau: int = 128,
+        recent_window: int = 128,
         ratio: float | None = None,
         max_nuggets: int | None = None,
         *,
         chunk: int | None = None,
         memory: Memory | None = None,
     ) -> Stream:
-        """Read without end: recent tokens whole, everything older as nuggets (Nugget2D, section 3.3).
+        """Read text of any length: recent tokens uncompressed, older ones as nuggets (Nugget2D, section 3.3).
 
         Args:
-            tau: tokens kept whole, at least, once so many were read; up to `chunk` more are whole until they are
-                compressed together.
-            ratio: tokens for each nugget, at least 1; None goes by the model's threshold (`calibrate`), or is 10 where
-                it has none.
-            max_nuggets: how many are held at most; the oldest are given up first. None keeps all.
-            chunk: tokens compressed at a time, 1 to `config.window`, which None takes. Short chunks let a small cache
-                stay nearly full, but every chunk costs an encoder pass and a new head, and a nugget knows its own
-                chunk only. Every chunk has at least one nugget: one shorter than the ratio lowers it.
-            memory: what was read before.
+            recent_window: uncompressed tokens, at least, once so many were read (tau in the paper); up to `chunk` more
+                are uncompressed until they are compressed together.
+            ratio: tokens for each nugget, at least 1; None takes the model's threshold (`calibrate`), or 10 without
+                one.
+            max_nuggets: nuggets held at most; the oldest are evicted first. None keeps all.
+            chunk: tokens compressed at a time, 1 to `config.window`, which None takes. With short chunks a small cache
+                stays nearly full, but every chunk costs an encoder pass and a new sink, and a nugget encodes its own
+                chunk only. Every chunk has at least one nugget, so one shorter than the ratio lowers it.
+            memory: the compressed text before.
 
         Raises:
-            InputError: tau below 1 or too large for `config.context`, a ratio or max_nuggets below 1, a chunk out of
-                range.
+            InputError: recent_window below 1 or too large for `config.context`, a ratio or max_nuggets below 1, a chunk
+                out of range.
             MismatchError: the memory was made by another model.
             ModelError: this model's keys cannot be moved to other positions.
         """
-        return Stream(self, tau, ratio, max_nuggets, chunk, memory)
+        return Stream(self, recent_window, ratio, max_nuggets, chunk, memory)
 
     def calibrate(self, text: str, ratio: float) -> None:
-        """Set the score above which streams make a token a nugget, so that about one in `ratio` tokens of `text` is.
+        """Set the score threshold by which streams select nuggets, about one in `ratio` tokens of `text`.
 
         It becomes part of `config` and is saved with the model.
 

@@ -1,7 +1,7 @@
 """Mean pooling: the memory is the mean of the keys and values of each stretch of the text.
 
 The simplest memory with as many entries as nuggets ("Simple Context Compression", arXiv 2510.20797, pools last hidden
-states; here what a decoder attends to is pooled, at every layer, so that both memories are read alike).
+states; here the keys and values of every layer are pooled, so that both kinds of memory are read in the same way).
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class PooledMemory(Nugget2D):
     """k stretches of nearly equal length tile the text, each becomes one key and one value a layer.
 
     Keys are moved to the position of their stretch's last token before the mean, so that a pooled key has ONE position.
-    All tokens are pooled, so all get the flag (it then tells the encoder nothing, but what is initialised by it works).
+    All tokens are pooled, so all get the flag (it carries no information, but initializations that use it still work).
     """
 
     memory_kind: ClassVar[MemoryKind] = "pooled"

@@ -19,7 +19,7 @@ from nugget2d.inference.placement import join_rows
 from nugget2d.inference.token_decoding import decode_tokens
 from nugget2d.modeling.hooks import inputs_of
 from nugget2d.modeling.network import Encoded
-from nugget2d.modeling.readout import slot_layout, unrotated_layers
+from nugget2d.modeling.readout import head_readout, unrotated_layers
 from nugget2d.modeling.rotation import KeyRotation
 from nugget2d.pooled import PooledMemory
 from nugget2d.streaming.layout import Layout
@@ -38,14 +38,14 @@ READOUT = {"use": "research.readout_loss:ReadoutLoss", "weight": 0.5}
 INSERT = {"use": "research.induction:InsertLayer"}
 INDUCTION = {"use": "research.induction_loss:InductionLoss", "weight": 1.0}
 SEPARATE = {"num_key_value_heads": 4, "attention_bias": True, "num_hidden_layers": 3}
-LAYOUT = Layout(tau=8, chunk=6, views=4)
+LAYOUT = Layout(recent_window=8, chunk=6, steps=4)
 
 
 def compressor(**changes: object) -> Nugget2D:
     """Two copies of a Llama whose heads can be told apart, their weights apart as after training."""
     lm = tiny.lm("llama", **(SEPARATE | changes))
     torch.manual_seed(1)
-    model = Nugget2D.from_base(lm, tiny.tokenizer(), adapters="copies", scorer_layer=1, slots=True, window=128)
+    model = Nugget2D.from_base(lm, tiny.tokenizer(), adapters="copies", scorer_layer=1, token_readout=True, window=128)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -103,7 +103,7 @@ def test_a_key_is_a_function_of_the_next_value(before: Nugget2D, after: Nugget2D
 @torch.no_grad()
 def test_the_decoder_is_that_of_before_but_for_what_the_new_layer_adds(before: Nugget2D, after: Nugget2D) -> None:
     ids = tiny.random_ids(2, 24)
-    projection = slot_layout(after).decoder[PLACE].self_attn.o_proj
+    projection = head_readout(after).decoder[PLACE].self_attn.o_proj
     kept, old = projection.weight.clone(), before.decode(None, ids, prompt=None)
     assert not torch.allclose(after.decode(None, ids, prompt=None), old, atol=1e-3)
     try:
@@ -116,7 +116,7 @@ def test_the_decoder_is_that_of_before_but_for_what_the_new_layer_adds(before: N
 @torch.no_grad()
 def test_a_query_without_a_match_attends_to_the_start_token(after: Nugget2D) -> None:
     ids = torch.randperm(len(after.tokenizer) - 1, generator=torch.Generator().manual_seed(0))[:200].view(8, 25) + 1
-    attention = slot_layout(after).decoder[PLACE].self_attn
+    attention = head_readout(after).decoder[PLACE].self_attn
     with inputs_of(induction_keys(after)) as watched:
         after.decode(None, after.after_start(ids), prompt=None)
     queries, keys = (
@@ -129,7 +129,7 @@ def test_a_query_without_a_match_attends_to_the_start_token(after: Nugget2D) -> 
 
 def test_tokens_are_decoded_and_keys_moved_as_before(before: Nugget2D, after: Nugget2D) -> None:
     assert unrotated_layers(after.lm) == [PLACE] and unrotated_layers(before.lm) == []
-    assert slot_layout(after).layers == [2, 3]
+    assert head_readout(after).layers == [2, 3]
     tokens = [decode_tokens(model, model.compress(tiny.TEXT, ratio=4)) for model in (before, after)]
     for old, new in zip(*tokens, strict=True):
         # of the decoder's own projections, which are those of before
@@ -168,23 +168,23 @@ def by_hand(
     model: Nugget2D, ids: Tensor, layout: Layout, inputs: Tensor, encoded: Encoded | None, kinds_found: int
 ) -> float:
     """The loss, key by key; all the kinds that it is to be of must occur."""
-    attention = slot_layout(model).decoder[PLACE].self_attn
+    attention = head_readout(model).decoder[PLACE].self_attn
     width, heads = attention.head_dim, len(attention.q_proj.bias) // attention.head_dim
-    views, tokens = parted(inputs, len(ids), layout) if encoded else (inputs[:, :1], inputs[:, 1:])
+    sinks, tokens = parted(inputs, len(ids), layout) if encoded else (inputs[:, :1], inputs[:, 1:])
     split = lambda states: states.unflatten(-1, (heads, width))  # noqa: E731
     queries, keys = split(attention.q_proj(tokens)), split(attention.k_proj(tokens))
     found: dict[str, list[float]] = {}
     for row, text in enumerate(ids.tolist()):
         for t, token in enumerate(text):
-            view = max(0, (t - layout.tau) // layout.chunk)
+            step = max(0, (t - layout.recent_window) // layout.chunk)
             for head in range(heads):
                 score = lambda key: float(queries[row, t, head] @ key) / width**0.5  # noqa: B023, E731
-                silence = score(split(attention.k_proj(views))[row, view, head])
+                silence = score(split(attention.k_proj(sinks))[row, step, head])
                 whole, held, others = [], [], []
-                for j in range(view * layout.chunk, t + 1):
+                for j in range(step * layout.chunk, t + 1):
                     place = whole if j and text[j - 1] == token else others
                     place.append(score(keys[row, j, head]))
-                for segment in range(max(0, view - (layout.reach or view)), view if encoded else 0):
+                for segment in range(max(0, step - (layout.visible_segments or step)), step if encoded else 0):
                     number = row * layout.segments + segment
                     ends = encoded.index[number].tolist()
                     for one, (end, last) in enumerate(zip(ends, [-1, *ends], strict=False)):
@@ -204,10 +204,10 @@ def by_hand(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("reach", [None, 1])
+@pytest.mark.parametrize("visible", [None, 1])
 @pytest.mark.parametrize("way", ["chunked", "dense"])
-def test_the_loss_of_a_stream(after: Nugget2D, way: str, reach: int | None) -> None:
-    layout = replace(LAYOUT, reach=reach)
+def test_the_loss_of_a_stream(after: Nugget2D, way: str, visible: int | None) -> None:
+    layout = replace(LAYOUT, visible_segments=visible)
     ids = tiny.random_ids(2, layout.length) % 9 + 1  # few kinds of tokens: matches near and far
     rows = ids[:, : layout.segments * layout.chunk].reshape(-1, layout.chunk)
     encoded = after.encode(rows, [layout.chunk] * 6, [2] * 6, selection="random")
@@ -227,7 +227,7 @@ def test_the_output_of_a_nugget_is_matched_with_that_of_an_uncompressed_token(af
     with inputs_of(induction_keys(model)) as watched:
         mixed_logits(model, nuggets, ids, LAYOUT)
     loss = value_matching_loss(model, watched[-1], LAYOUT, encoded)
-    attention = slot_layout(model).decoder[PLACE].self_attn
+    attention = head_readout(model).decoder[PLACE].self_attn
     tokens, output = parted(watched[-1], 2, LAYOUT)[1], attention.o_proj.weight
     spoken, wanted = [], []
     for number, ends in enumerate(encoded.index.tolist()):
@@ -250,7 +250,7 @@ def test_the_output_of_a_nugget_is_matched_with_that_of_an_uncompressed_token(af
 @torch.no_grad()
 def test_the_loss_of_a_text(after: Nugget2D) -> None:
     ids = tiny.random_ids(2, 20) % 9 + 1
-    layout = Layout(tau=0, chunk=20, views=1)
+    layout = Layout(recent_window=0, chunk=20, steps=1)
     with inputs_of(induction_keys(after)) as watched:
         after.decode(None, after.after_start(ids), prompt=None)
     loss = induction_loss(after, watched[-1], ids, layout, None, torch.Generator())

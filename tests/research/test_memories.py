@@ -11,7 +11,7 @@ import yaml
 import tiny
 from nugget2d import Nugget2D
 from nugget2d.errors import ModelError, RecipeError
-from nugget2d.evaluation.held_out import held_out_figures
+from nugget2d.evaluation.held_out import held_out_metrics
 from nugget2d.modeling.selection import even_ends
 from nugget2d.training.objectives import reconstruct_loss
 from nugget2d.training.run import fit_recipe, load_recipe, train
@@ -140,5 +140,5 @@ def test_they_train_by_every_objective_and_are_measured(tmp_path: Path, kind: st
     path = with_plugins(tmp_path, plugin, tokens=5120, phases=[PHASE | {"objectives": objectives}])
     model = fit_recipe(load_recipe(path), tmp_path, tmp_path / "run", pack=tmp_path / "run" / "pack")
     assert type(model) is KINDS[kind]
-    metrics = held_out_figures(model, tiny.random_ids(2, 48) % 300, 32, (4, 20))
+    metrics = held_out_metrics(model, tiny.random_ids(2, 48) % 300, 32, (4, 20))
     assert len(metrics["profile_20x"]) == 16 and 0 <= metrics["accuracy_4x"] <= 1

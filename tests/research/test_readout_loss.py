@@ -10,7 +10,7 @@ from torch import Tensor
 import tiny
 from nugget2d import Nugget2D
 from nugget2d.errors import ModelError
-from nugget2d.modeling.readout import final_norm, slot_layout
+from nugget2d.modeling.readout import final_norm, head_readout
 from nugget2d.training.objectives import reconstruct_loss
 from nugget2d.training.run import train
 from research.readout_loss import readout_loss
@@ -30,7 +30,7 @@ def separate() -> Nugget2D:
 def test_every_head_is_to_predict_the_token_at_its_distance(separate: Nugget2D) -> None:
     ids = tiny.random_ids(2, 16)
     _, encoded = reconstruct_loss(separate, ids, [2, 2], "even", torch.Generator())
-    layout, norm = slot_layout(separate), final_norm(separate.lm)
+    layout, norm = head_readout(separate), final_norm(separate.lm)
     words = sorted(set(ids.flatten().tolist()))
     table, layers = separate.embed(torch.tensor(words)), []
     for number, layer in enumerate(layout.layers):
@@ -74,4 +74,4 @@ def test_a_run_says_that_its_tokens_can_be_decoded(tmp_path: Path, adapters: str
         with pytest.raises(ModelError, match="adapters: copies"):
             train(path)
     else:
-        assert Nugget2D.from_pretrained(train(path) / "model").config.slots
+        assert Nugget2D.from_pretrained(train(path) / "model").config.token_readout

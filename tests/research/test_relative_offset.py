@@ -8,7 +8,7 @@ import torch
 import tiny
 from nugget2d import Nugget2D
 from nugget2d.errors import RecipeError
-from nugget2d.modeling.readout import slot_layout
+from nugget2d.modeling.readout import head_readout
 from nugget2d.training.plugins import load_plugins
 from nugget2d.training.recipe import CompressStage, ShapeConfig
 from nugget2d.training.run import make_lm
@@ -29,7 +29,7 @@ def compressor(**options: object) -> Nugget2D:
 def test_queries_peak_at_the_distance_of_their_head() -> None:
     model = compressor()
     set_relative_offsets(model, tiny.random_ids(8, 64))
-    layout = slot_layout(model)
+    layout = head_readout(model)
     for layer in layout.layers:
         keys = layout.encoder[layer].self_attn.k_proj.bias.view(1, 2, 1, 32).expand(-1, -1, 16, -1).contiguous()
         queries = layout.decoder[layer].self_attn.q_proj.bias.view(2, 32)
@@ -52,7 +52,7 @@ def test_nuggets_look_back_and_other_tokens_at_themselves() -> None:
         attentions = body(inputs_embeds=embeds, output_attentions=True).attentions
     others = torch.tensor([token for token in range(64) if token not in (20, 40)])
     for layer in (0, 1):
-        seen, distances = attentions[layer][0].argmax(-1), slot_layout(model).distances(layer + 1)
+        seen, distances = attentions[layer][0].argmax(-1), head_readout(model).distances(layer + 1)
         assert torch.equal(seen[:, 20], 20 - distances) and torch.equal(seen[:, 40], 40 - distances)
         assert (seen[:, others] == others).double().mean() > 0.9
 

@@ -1,4 +1,4 @@
-"""Loading a causal LM as it is: from a folder, the hub or a GGUF file."""
+"""Loading a plain causal LM from a folder, the hub or a GGUF file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,7 @@ def load_base(
     adapter = exists(Path(source, ADAPTER_FILE)) if is_folder else hub_file(source, ADAPTER_FILE, **hub) is not None
     if adapter:
         raise adapter_error(place)
-    # looked at before it is read: what changes meanwhile must not pass for what was loaded
+    # before loading: files that change meanwhile must not count as what was loaded
     files = weight_files(Path(source)) if is_folder else ()
     options = {"device_map": device_map, "quantization_config": quantization_config}
     hub["trust_remote_code"] = False  # None would ask on standard input

@@ -1,4 +1,4 @@
-"""The card of a model folder: README.md with the metadata that the Hugging Face Hub reads."""
+"""The model card of a folder: README.md with metadata for the Hugging Face Hub."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,35 +8,35 @@ import yaml
 from nugget2d.config import NuggetConfig
 
 CARD_FILE = "README.md"
-# whoever edits a card takes this line out, so that saving again leaves the card alone
+# to edit a card, remove this line: saving again then keeps the card
 MARK = "<!-- Written by save_pretrained, and written again by the next one unless this line is removed. -->"
 
 _METHOD = "https://arxiv.org/abs/2310.02409"
-_FIGURES = {
-    "accuracy": "share of tokens that come back right from one nugget in {}, teacher-forced",
-    "continue_none": "nats a token of the text that follows, nothing seen",
-    "continue_10x": "nats a token of the text that follows, one nugget in 10 tokens seen",
-    "continue_full": "nats a token of the text that follows, all seen",
-    "lm_loss": "nats a token as a plain language model",
+_METRICS = {
+    "accuracy": "share of tokens reconstructed from one nugget in {}, teacher-forced",
+    "continue_none": "nats per token of the continuation, nothing seen",
+    "continue_10x": "nats per token of the continuation, one nugget in 10 tokens seen",
+    "continue_full": "nats per token of the continuation, all seen",
+    "lm_loss": "nats per token as a plain language model",
 }
 
 
-def write_card(folder: Path, config: NuggetConfig, base: str | None, figures: Mapping[str, object]) -> None:
-    """Write README.md, unless there is one that somebody made their own.
+def write_card(folder: Path, config: NuggetConfig, base: str | None, metrics: Mapping[str, object]) -> None:
+    """Write README.md, unless there is one that was edited.
 
     Args:
         folder: of the model.
         config: what it was trained with.
         base: hub id of its base, if it has one.
-        figures: `evaluation.held_out` figures from its training; may be empty.
+        metrics: `evaluation.held_out` metrics from its training; may be empty.
     """
     path = folder / CARD_FILE
     if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
         return
-    path.write_text(model_card(config, base, figures), encoding="utf-8")
+    path.write_text(model_card(config, base, metrics), encoding="utf-8")
 
 
-def model_card(config: NuggetConfig, base: str | None, figures: Mapping[str, object]) -> str:
+def model_card(config: NuggetConfig, base: str | None, metrics: Mapping[str, object]) -> str:
     """Markdown with YAML front matter. The licence is left to the owner: it depends on base and text."""
     metadata = {
         "library_name": "nugget2d",
@@ -67,18 +67,18 @@ def model_card(config: NuggetConfig, base: str | None, figures: Mapping[str, obj
         "```",
         "",
         *_table("configuration", {key: _value(value) for key, value in config.model_dump().items()}),
-        *(_table("held-out text", _described(figures)) if figures else []),
+        *(_table("held-out text", _described(metrics)) if metrics else []),
     ])  # fmt: skip
 
 
 _RELATIONS = {"lora": "adapter", "copies": "finetune"}
 
 
-def _described(figures: Mapping[str, object]) -> dict[str, str]:
+def _described(metrics: Mapping[str, object]) -> dict[str, str]:
     rows = {}
-    for name, value in figures.items():
+    for name, value in metrics.items():
         kind, _, ratio = name.partition("_")
-        text = _FIGURES.get(name) or _FIGURES.get(kind, "").format(ratio.removesuffix("x"))
+        text = _METRICS.get(name) or _METRICS.get(kind, "").format(ratio.removesuffix("x"))
         if text and isinstance(value, float):
             rows[text] = f"{value:.3f}"
     return rows

@@ -1,6 +1,6 @@
 """GGUF files, converted once into an ordinary transformers folder in the cache.
 
-Dequantizing takes a hundred times as long as loading what comes out of it.
+Dequantizing takes a hundred times as long as loading the result.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ def converted(path: Path) -> Path:
         raise OutputError(f"cannot write the converted {path}: {error}; set NUGGET2D_CACHE to a folder") from error
     try:
         _convert(path, made)
-        made.chmod(0o755)  # mkdtemp lets nobody else in
+        made.chmod(0o755)  # mkdtemp allows only its owner
         made.rename(folder)
     except OSError as error:
         if not folder.is_dir():  # else another process was first
@@ -58,7 +58,7 @@ def converted(path: Path) -> Path:
 
 def _convert(path: Path, folder: Path) -> None:
     options: dict[str, Any] = {"gguf_file": path.name}
-    whole = GgufConfig(dequantize=True)  # where there is a kernel for them, weights would stay packed
+    whole = GgufConfig(dequantize=True)  # else weights would stay packed where there is a kernel for them
     try:
         auto = cast(Any, AutoModelForCausalLM)
         lm, report = auto.from_pretrained(
@@ -70,7 +70,7 @@ def _convert(path: Path, folder: Path) -> None:
             **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **options)
-    except Exception as error:  # the readers of a damaged file raise whatever they run into
+    except Exception as error:  # damaged files cause errors of any type
         raise ModelError(f"cannot read {path}: {error}") from error
     if report["missing_keys"]:
         raise ModelError(f"{path} is no whole language model: no weights for {sorted(report['missing_keys'])[:3]}")

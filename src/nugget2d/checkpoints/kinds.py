@@ -1,4 +1,4 @@
-"""Which class a checkpoint comes back as: by what it was trained to read."""
+"""The class of a checkpoint, by the kind of memories that it was trained on."""
 
 from importlib import import_module
 from typing import cast
@@ -7,7 +7,7 @@ from nugget2d.config import MemoryKind
 from nugget2d.errors import ModelError
 from nugget2d.modeling.network import Network
 
-# "module:Class", imported when asked for: these modules build on this one
+# "module:Class", imported on use: these modules import this one
 CLASSES: dict[MemoryKind, str] = {
     "nuggets": "nugget2d.model:Nugget2D",
     "pooled": "nugget2d.pooled:PooledMemory",

@@ -3,10 +3,10 @@
 nugget2d.json          NuggetConfig
 base/                  a transformers folder: config and weights, or else
 base.json              where the base is, and a digest of its weights
-tokenizer/             apart from base/: beside a config, transformers may swap in the class of that model type
+tokenizer/             not in base/: next to a config, transformers may choose another tokenizer class
 nugget2d.safetensors   scorer, soft prompts, flag, and the encoder copy
 encoder/, decoder/     the adapters, in peft's format (modeling/adapters.py)
-config.json            says to transformers what the folder is (integrations/transformers.py)
+config.json            the model type, for transformers (integrations/transformers.py)
 README.md              the model card (card.py)
 
 A plain LM is an ordinary transformers folder: config.json, weights and tokenizer.
@@ -21,7 +21,7 @@ from nugget2d.config import Frozen
 from nugget2d.modeling.adapters import base_weights, is_adapter
 from nugget2d.modeling.network import Network
 
-# what transformers looks for in a folder
+# the file and model type that transformers reads
 HUB_FILE, MODEL_TYPE = "config.json", "nugget2d"
 CONFIG_FILE, WEIGHTS_FILE, BASE_FILE = "nugget2d.json", "nugget2d.safetensors", "base.json"
 BASE_FOLDER, TOKENIZER_FOLDER = "base", "tokenizer"
@@ -32,7 +32,7 @@ _SHARED = "parameters_by_role.encoder."
 
 
 class BaseRecord(Frozen):
-    """base.json: where the base is that adapters saved alone belong to.
+    """base.json: where the base of adapters is that were saved alone.
 
     Attributes:
         name: folder, hub id or .gguf file.

@@ -45,10 +45,10 @@ def load(
     token: str | None = None,
     **options: Any,
 ) -> N:
-    """What `make` makes of the model called `name`, with its weights.
+    """Load the model `name` with its weights, as an object that `make` returns.
 
     Args:
-        make: the class, or what chooses it by the configuration.
+        make: the class, or a function that chooses it by the configuration.
         name: see `Nugget2D.from_pretrained`, as for all that follows.
         base: for a compressor that was saved without its base.
         revision: of a repository.
@@ -108,7 +108,7 @@ def _load_compressor(make: Maker[N], folder: Path, base: str | Path | None, **op
 
 
 def _is_base_of(record: BaseRecord, model: Network) -> bool:
-    """Whether the base of `model` is the one on record, as far as that can be told: quantized weights differ."""
+    """Whether the base of `model` is the one on record, as far as that is known: quantized weights are not compared."""
     if record.digest is None or is_quantized(model.lm):
         return True
     own = sampled_digest(base_state(model.state_dict())) if record.scheme == 1 else model.fingerprint.model

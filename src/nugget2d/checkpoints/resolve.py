@@ -1,4 +1,4 @@
-"""What a model's name stands for: a bundled model, a folder, a repository of the hub."""
+"""Resolves model names: a bundled model, a folder, or a repository of the hub."""
 
 from importlib import resources
 from pathlib import Path

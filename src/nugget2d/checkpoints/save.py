@@ -40,7 +40,7 @@ def save(
     dtype: torch.dtype | None = None,
     *,
     base: bool = True,
-    figures: Mapping[str, object] | None = None,
+    metrics: Mapping[str, object] | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """See `Nugget2D.save_pretrained`; `state` are all weights, where the model itself has parts of them only.
@@ -75,7 +75,7 @@ def save(
         model.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
         (folder / CONFIG_FILE).write_text(json.dumps(model.config.model_dump(), indent=2) + "\n")
         (folder / HUB_FILE).write_text(json.dumps({"model_type": MODEL_TYPE}, indent=2) + "\n")
-        write_card(folder, model.config, place if place and is_hub_id(place) else None, figures or {})
+        write_card(folder, model.config, place if place and is_hub_id(place) else None, metrics or {})
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write model to {folder}: {error}") from error
 
@@ -98,7 +98,7 @@ def push(model: Network, repo_id: str, *, base: bool, private: bool | None, toke
 
 
 class _Weights:
-    """Weights as they are written; tied ones stay one tensor, so that they are written once."""
+    """Converts weights for writing; tied weights stay one tensor, and are written once."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         self._dtype = dtype

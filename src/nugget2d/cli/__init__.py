@@ -1,1 +1,1 @@
-"""The command line: `app.py` puts it together, one file a command, torch imported late."""
+"""The command line: one module per command, assembled in app.py; torch is imported late."""

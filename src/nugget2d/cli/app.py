@@ -1,6 +1,6 @@
-"""The `nugget2d` command: its sub-commands, and what becomes of their errors.
+"""The `nugget2d` command: its sub-commands, error handling and former option names.
 
-Nothing imported here may import torch, transformers or pydantic: `nugget2d --help` answers at once.
+Nothing imported here may import torch, transformers or pydantic, so that `nugget2d --help` is fast.
 """
 
 import errno
@@ -21,6 +21,7 @@ from nugget2d.cli.generate import generate
 from nugget2d.cli.index import index
 from nugget2d.cli.inspect import inspect
 from nugget2d.cli.methods import methods
+from nugget2d.cli.options import current_option
 from nugget2d.cli.reconstruct import reconstruct
 from nugget2d.cli.serve import serve
 from nugget2d.cli.shared import INTERRUPTED, say
@@ -30,7 +31,7 @@ from nugget2d.errors import NuggetError
 
 
 class Commands(TyperGroup):
-    """Turns what users cause into one line and an exit code; anything else is a bug and keeps its traceback."""
+    """Turns errors that users cause into a one-line message and an exit code; other errors keep their traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
@@ -43,11 +44,11 @@ class Commands(TyperGroup):
             say("error", "interrupted")
             raise typer.Exit(INTERRUPTED) from error
         except BrokenPipeError as error:
-            # the reader (`| head`) has what it wanted
+            # the reader (`| head`) has closed the pipe
             _discard_stdout()
             raise typer.Exit(1) from error
         except OSError as error:
-            # files report a full disk as OutputError; this is standard output, redirected to one
+            # a full disk, under redirected standard output; other files raise OutputError
             if error.errno != errno.ENOSPC:
                 raise
             say("error", f"cannot write {error.filename or 'standard output'}: {error.strerror}; free some space")
@@ -56,7 +57,7 @@ class Commands(TyperGroup):
 
 
 def _discard_stdout() -> None:
-    """Python flushes stdout once more at exit: into nothing, so that it does not fail a second time."""
+    """Redirect stdout to the null device: Python flushes it at exit, which would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -66,7 +67,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Compress long texts into small memories (nuggets) that a language model reads back.",
+    help="Compress long texts into small memories (nuggets) that a language model reads.",
+    context_settings={"token_normalize_func": current_option},
 )
 for command in (compress, methods, reconstruct, generate, chat, inspect, index, train, serve, demo, doctor):
     app.command()(command)

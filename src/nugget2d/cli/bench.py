@@ -1,4 +1,4 @@
-"""`nugget2d bench`: measure a model."""
+"""`nugget2d bench`: benchmarks of a model."""
 
 from collections.abc import Mapping
 from hashlib import sha256
@@ -23,7 +23,7 @@ bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure a model on
 
 @bench.command()
 def distortion(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for figures, tables and plots.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for metrics, tables and plots.")],
     model: ModelName = DEFAULT_MODEL,
     data: Annotated[
         Path | None,
@@ -40,9 +40,9 @@ def distortion(
     selection: SelectionOption = None,
     force: Force = False,
 ) -> None:
-    """Measure what memories keep against what they cost: fidelity, worth for going on, bits.
+    """Measure rate and distortion: fidelity, what continuation retains, bits.
 
-    Cells that the folder holds already are not measured again.
+    Cells that the folder has already are not measured again.
     """
     wanted_ratios, wanted_lengths = _numbers(ratios, "--ratios", float), _numbers(lengths, "--lengths", int)
     _require_packages()
@@ -73,7 +73,7 @@ def distortion(
 
 @bench.command()
 def lm(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for figures and table.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for metrics and table.")],
     data: Annotated[
         list[str],
         typer.Option(
@@ -98,8 +98,8 @@ def lm(
 ) -> None:
     """Measure language modelling when no query sees more than so many states.
 
-    Nuggets at 10x beside the plain LM, StreamingLLM and pooled memories. Cells that the folder holds already are not
-    measured again.
+    Nuggets at 10x, the plain LM, StreamingLLM and pooled memories. Cells that the folder has already are not measured
+    again.
     """
     columns = tuple(_numbers(states, "--states", int))
     corpora, digests = {}, {}
@@ -134,7 +134,7 @@ def lm(
 
 @bench.command()
 def breakeven(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for figures, table and plot.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for metrics, table and plot.")],
     model: ModelName = DEFAULT_MODEL,
     data: Annotated[
         Path | None,
@@ -149,7 +149,7 @@ def breakeven(
     runs: Annotated[int, typer.Option("--runs", min=1, help="Rounds of measuring.")] = 5,
     force: Force = False,
 ) -> None:
-    """Measure what compressing a context costs and saves, and after how many questions it has paid.
+    """Measure what compressing a context costs and saves, and after how many questions it breaks even.
 
     Against sending the text again with every question, and against keeping its KV cache.
     """
@@ -199,7 +199,7 @@ def _numbers(values: str, option: str, kind: type[Number]) -> list[Number]:
 
 
 def _require_packages() -> None:
-    """Refuse before an hour of measuring what would fail after it."""
+    """Check for packages that are needed at the end of a long measurement."""
     missing = [name for name in ("sacrebleu", "zstandard", "matplotlib") if find_spec(name) is None]
     if missing:
         raise InputError(f"bench needs {', '.join(missing)}: pip install 'nugget2d[bench]'")

@@ -1,4 +1,4 @@
-"""`nugget2d chat`: a session over documents of any length, in bounded memory."""
+"""`nugget2d chat`: interactive continuation over documents of any length, in bounded memory."""
 
 import signal
 import sys
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from nugget2d import Memory, Nugget2D
     from nugget2d.streaming.stream import Stream
 
-PIECE = 2000  # characters of a document read between two updates of the figures
+PART = 2000  # characters of a document read between two updates of the status
 
 HELP = """\
 /save FILE   write a memory of all that was read
-/load FILE   forget, and go on from a memory
+/load FILE   start over from a memory
 /forget      forget everything
-/inspect     show the memory: the text as the model gives it back, nuggets highlighted
+/inspect     show the memory: the text as the model reconstructs it, nuggets highlighted
 /help        this
 /quit        leave, as Ctrl-D does
 Any other line is read and continued. Ctrl-C stops the answer."""
@@ -36,7 +36,7 @@ def chat(
     files: Annotated[
         list[str] | None, typer.Argument(metavar="[FILE...]", help="UTF-8 texts to read first.", show_default=False)
     ] = None,
-    tau: Annotated[int, typer.Option("--tau", help="Tokens kept whole, at least.")] = 128,
+    recent_window: Annotated[int, typer.Option("--recent-window", help="Uncompressed recent tokens, at least.")] = 128,
     ratio: Annotated[
         float | None,
         typer.Option("--ratio", help="Tokens for each nugget.", show_default="the model's threshold, or 10"),
@@ -56,10 +56,10 @@ def chat(
     import torch
 
     torch.manual_seed(seed)
-    session = _Session(reader, lambda memory: reader.stream(tau, ratio, max_nuggets, memory=memory))
+    session = _Session(reader, lambda memory: reader.stream(recent_window, ratio, max_nuggets, memory=memory))
     for name, text in texts:
         session.read(name, text)
-    for line in _lines(session.show_figures):
+    for line in _lines(session.show_status):
         try:
             if not session.obey(line):
                 break
@@ -70,7 +70,7 @@ def chat(
 
 
 class _Session:
-    """One stream at a time, and what lines do to it."""
+    """A stream and the commands on it."""
 
     def __init__(self, model: "Nugget2D", start: "Callable[[Memory | None], Stream]") -> None:
         self._model, self._start = model, start
@@ -78,25 +78,25 @@ class _Session:
         self._console = Console(stderr=True)
 
     def read(self, name: str, text: str) -> None:
-        """Take in a document, figures live on a terminal."""
+        """Read a document, with a live status on a terminal."""
         with self._console.status(Text(name)) as status:
-            for place in range(0, len(text), PIECE):
-                self._stream.append(text[place : place + PIECE])
-                status.update(Text(f"{name}: {figures(self._stream)}"))
+            for place in range(0, len(text), PART):
+                self._stream.append(text[place : place + PART])
+                status.update(Text(f"{name}: {describe(self._stream)}"))
         self._stream.append("\n")
 
     def answer(self, line: str, max_new_tokens: int, temperature: float) -> None:
         """Continue `line` on standard output."""
         with _interrupts() as interrupted:
-            for piece in self._stream.generate(line, max_new_tokens=max_new_tokens, temperature=temperature):
-                write_stdout(piece.encode())
+            for part in self._stream.generate(line, max_new_tokens=max_new_tokens, temperature=temperature):
+                write_stdout(part.encode())
                 if interrupted():
                     break
         write_stdout(b"\n")
         self._stream.append("\n")
 
     def obey(self, line: str) -> bool:
-        """Do what a line that begins with / says; False to leave."""
+        """Run a line that begins with /; False to leave."""
         command, _, argument = line.partition(" ")
         argument = argument.strip()
         if command == "/save":
@@ -115,10 +115,10 @@ class _Session:
             raise InputError(f"unknown command {command!r}; /help lists them")
         return command != "/quit"
 
-    def show_figures(self) -> None:
+    def show_status(self) -> None:
         """One dim line on standard error, if it is a terminal."""
         if self._console.is_terminal:
-            self._console.print(Text(figures(self._stream), "dim"), soft_wrap=True)
+            self._console.print(Text(describe(self._stream), "dim"), soft_wrap=True)
 
     def _save(self, path: Path) -> None:
         if path.exists():
@@ -129,12 +129,12 @@ class _Session:
         say("saved", f"{path}: {memory.num_tokens:,} tokens as {memory.num_nuggets:,} nuggets, {size:,} bytes")
 
 
-def figures(stream: "Stream") -> str:
-    """What a stream has read and what it holds of it."""
-    held = stream.num_nuggets + stream.num_whole
+def describe(stream: "Stream") -> str:
+    """Tokens read, and what is held of them."""
+    held = stream.num_nuggets + stream.num_uncompressed
     return (
-        f"{stream.num_tokens:,} tokens read, {stream.num_nuggets:,} nuggets and {stream.num_whole:,} whole tokens "
-        f"held, {stream.nbytes:,} bytes, ratio {stream.num_tokens / max(held, 1):.1f}"
+        f"{stream.num_tokens:,} tokens read, {stream.num_nuggets:,} nuggets and {stream.num_uncompressed:,} "
+        f"uncompressed tokens held, {stream.nbytes:,} bytes, ratio {stream.num_tokens / max(held, 1):.1f}"
     )
 
 
@@ -170,7 +170,7 @@ def _lines(before_prompt: Callable[[], None]) -> Iterator[str]:
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """While Ctrl-C is only noted; yields whether it came. A token that is being read is read to its end."""
+    """Defer Ctrl-C within the block, so that tokens are read completely; yields a test whether it was pressed."""
     came: list[int] = []
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:  # a shell's background job

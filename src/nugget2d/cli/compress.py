@@ -1,4 +1,4 @@
-"""`nugget2d compress`: a text becomes a memory file."""
+"""`nugget2d compress`: compresses a text into a memory file."""
 
 from pathlib import Path
 from time import perf_counter
@@ -24,7 +24,7 @@ from nugget2d.cli.options import (
     TargetAccuracy,
     compress_arguments,
 )
-from nugget2d.cli.shared import against, figures, load_model, progress, read_source
+from nugget2d.cli.shared import against, load_model, metrics_table, progress, read_source
 from nugget2d.files import check_writable
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def compress(
 
 
 def _report(memory: "Memory", size: int, seconds: float) -> Table:
-    table = figures()
+    table = metrics_table()
     table.add_row("tokens", f"{memory.num_tokens:,}")
     table.add_row("nuggets", f"{memory.num_nuggets:,}")
     table.add_row("ratio", f"{memory.ratio:.2f}")

@@ -1,4 +1,4 @@
-"""`nugget2d demo`: a real document becomes nuggets and comes back, before your eyes."""
+"""`nugget2d demo`: compresses and reconstructs a document, and shows its nuggets."""
 
 from pathlib import Path
 from time import perf_counter
@@ -41,7 +41,7 @@ def demo(
             memories.append(compressor.compress(text, ratio=wanted, on_progress=on_progress))
         console.rule(f"nuggets at {wanted:g}x")
         print_inspection(inspect_text(compressor, text, memories[-1]), console)
-    console.rule("what comes back")
+    console.rule("reconstruction")
     console.print(_comparison(compressor, text, memories))
     _exact_round_trip(compressor, text, ratios[-1], console)
 
@@ -74,7 +74,7 @@ def _bleu(copy: str, text: str) -> Text:
 
 
 def _exact_round_trip(model: "Nugget2D", text: str, ratio: float, console: Console) -> None:
-    """Exact mode returns the very same string, or this says that it did not."""
+    """Print whether exact mode returned the identical string."""
     with progress("exact mode") as on_progress:
         memory = model.compress(text, ratio=ratio, exact=True, on_progress=on_progress)
         same = model.reconstruct(memory, on_progress=on_progress) == text

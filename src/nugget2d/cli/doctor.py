@@ -1,4 +1,4 @@
-"""`nugget2d doctor`: what this machine and a model can do, and what is missing."""
+"""`nugget2d doctor`: checks this machine and a model."""
 
 from typing import TYPE_CHECKING, Annotated
 

@@ -1,4 +1,4 @@
-"""`nugget2d generate`: go on from a memory."""
+"""`nugget2d generate`: continues a prompt after a memory."""
 
 from typing import Annotated, Any
 
@@ -10,13 +10,13 @@ from nugget2d.cli.shared import load_memory, load_reader, require_temperature, w
 
 def generate(
     file: MemoryFile,
-    prompt: Annotated[str, typer.Option("--prompt", help="What to continue, as if it stood after the text.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="What to continue, as if it came after the text.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Stop after so many tokens.")] = 64,
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token every time.")] = 0,
     seed: Annotated[int, typer.Option("--seed", help="Makes sampling repeatable.")] = 0,
     model: ReaderName = None,
 ) -> None:
-    """Continue a prompt from a memory; the text appears as it is made."""
+    """Continue a prompt after a memory; the text is printed as it is generated."""
     require_temperature(temperature)
     memory = load_memory(file)
     reader = load_reader(memory, model)
@@ -24,7 +24,7 @@ def generate(
 
     torch.manual_seed(seed)
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
-    pieces = reader.generate(prompt, memory=memory, max_new_tokens=max_new_tokens, stream=True, **options)
-    for piece in pieces:
-        write_stdout(piece.encode())
+    parts = reader.generate(prompt, memory=memory, max_new_tokens=max_new_tokens, stream=True, **options)
+    for part in parts:
+        write_stdout(part.encode())
     write_stdout(b"\n")

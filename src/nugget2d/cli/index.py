@@ -1,4 +1,4 @@
-"""`nugget2d index`: a corpus becomes memories in a store."""
+"""`nugget2d index`: compresses a corpus into a store."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ from nugget2d.cli.options import (
     TargetAccuracy,
     compress_arguments,
 )
-from nugget2d.cli.shared import figures, progress, safe_to_interrupt, say
+from nugget2d.cli.shared import metrics_table, progress, safe_to_interrupt, say
 
 if TYPE_CHECKING:
     from nugget2d.indexing.run import Summary
@@ -59,7 +59,7 @@ def index(
 ) -> None:
     """Compress every document of a corpus into a store; documents that it has already are skipped.
 
-    So an interrupted run is gone on with by the same command. Documents that cannot be read are named at the end.
+    The same command resumes an interrupted run. Documents that cannot be read are named at the end.
     """
     arguments = compress_arguments(
         method=method,
@@ -88,7 +88,7 @@ def index(
 
 
 def _report(summary: "Summary") -> Table:
-    table = figures()
+    table = metrics_table()
     table.add_row("documents", f"{summary.documents:,}")
     table.add_row("added", f"{summary.added:,}")
     table.add_row("in the store before", f"{summary.known:,}")

@@ -1,4 +1,4 @@
-"""`nugget2d inspect`: which tokens became nuggets, and how strongly."""
+"""`nugget2d inspect`: shows which tokens became nuggets, with their scores."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def inspect(
     file: Annotated[str, typer.Argument(metavar="MEMORY.nugget|FILE|-", help="A memory, or a UTF-8 text to compress.")],
-    html: Annotated[Path | None, typer.Option("--html", help="Write a page that needs nothing else.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a self-contained HTML page.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of colours.")] = False,
     ratio: Annotated[
         float | None, typer.Option("--ratio", help="Tokens for each nugget (texts only).", show_default="20")
@@ -34,7 +34,7 @@ def inspect(
         check_writable(html, force=force)
     if _is_memory(file):
         if ratio is not None or selection is not None:
-            raise InputError(f"--ratio and --selection are for texts; {file} is a memory and has its nuggets already")
+            raise InputError(f"--ratio and --selection are for texts, but {file} is a memory; leave them out")
         inspection = _inspect_memory(Path(file), model)
     else:
         inspection = _inspect_text(file, ratio, model, selection)
@@ -61,11 +61,11 @@ def _is_memory(source: str) -> bool:
         return True
     try:
         with path.open("rb") as file:
-            head = file.read(9)
+            start = file.read(9)
     except OSError:
-        return False  # "-", or what reading it as a text will complain about
+        return False  # "-", or an error that reading it as a text will report
     # a header of less than 16 MB, opened by a brace: no text has NULs there
-    return head[4:] == b"\0\0\0\0{"
+    return start[4:] == b"\0\0\0\0{"
 
 
 def _inspect_memory(path: Path, model: str | None) -> "Inspection":

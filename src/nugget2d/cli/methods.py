@@ -1,4 +1,4 @@
-"""`nugget2d methods`: the ways to compress."""
+"""`nugget2d methods`: lists the compression methods."""
 
 from rich.console import Console
 from rich.table import Table
@@ -10,7 +10,7 @@ COLUMNS = ("name", "needs training", "payload", "query-agnostic", "options", "so
 
 
 def methods() -> None:
-    """List the ways to compress a context; `--method` takes their names."""
+    """List the compression methods; `--method` takes their names."""
     with safe_to_interrupt():
         from nugget2d.methods.registry import METHODS, method_class
 

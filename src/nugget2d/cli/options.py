@@ -1,4 +1,4 @@
-"""Options that several commands share, so that they read and mean the same everywhere."""
+"""Options that several commands share, and former names of options."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,22 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from nugget2d.cli.shared import say
 from nugget2d.errors import InputError
 
-# The core's own `StoreDtype`, `SelectionName` and `EngineName` live beside torch and pydantic, which `--help` must not
-# load; tests/test_cli.py holds these equal to them.
+# Copies of `StoreDtype`, `SelectionName` and `EngineName`, whose modules import torch and pydantic, which `--help` must
+# not load; tests/test_cli.py checks that they are equal.
 Dtype = Literal["float32", "bfloat16", "int8"]
 Selection = Literal["learned", "window", "even", "random", "punctuation"]
 Engine = Literal["process", "ray"]
+
+# former names of options, which work for one release
+RENAMED = {
+    "quality": "target-accuracy",
+    "refine": "optimize-steps",
+    "slots": "max-num-seqs",
+    "tau": "recent-window",
+}
 
 DEFAULT_MODEL = "nano"
 DEFAULT_STORE = "~/.nugget2d/store"
@@ -43,25 +52,25 @@ TargetAccuracy = Annotated[
     float | None,
     typer.Option(
         "--target-accuracy",
-        "--quality",
-        help="Choose each segment's ratio: this share of its tokens must read back right (nugget2d).",
+        help="Choose each segment's ratio: this share of its tokens must be reconstructed (nugget2d).",
     ),
 ]
 OptimizeSteps = Annotated[
     int | None,
     typer.Option(
         "--optimize-steps",
-        "--refine",
-        help="Gradient steps on the nuggets, until --target-accuracy or all is right (nugget2d).",
+        help="Gradient steps on the nuggets, up to --target-accuracy or 1 (nugget2d).",
     ),
 ]
-Exact = Annotated[bool, typer.Option("--exact", help="Also keep what makes the very same text come back (nugget2d).")]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Also store what is needed to reconstruct the identical text (nugget2d).")
+]
 MethodOptions = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Another option of the method; may be given several times."),
 ]
 DtypeOption = Annotated[
-    Dtype | None, typer.Option("--dtype", help="How to keep the states.", show_default="the model's precision")
+    Dtype | None, typer.Option("--dtype", help="How to store the states.", show_default="the model's precision")
 ]
 SelectionOption = Annotated[
     Selection | None, typer.Option("--selection", help="How nuggets are chosen.", show_default="the model's own")
@@ -72,6 +81,14 @@ StorePlace = Annotated[
 ]
 Tags = Annotated[list[str] | None, typer.Option("--tag", help="A word to filter by; may be given several times.")]
 Tag = Annotated[str | None, typer.Option("--tag", help="Only memories with this tag.")]
+
+
+def current_option(name: str) -> str:
+    """The current name of an option, without dashes; warns of a former one. Click calls it for what users type."""
+    if name not in RENAMED:
+        return name
+    say("warning", f"--{name} is now --{RENAMED[name]}")
+    return RENAMED[name]
 
 
 def compress_arguments(
@@ -87,7 +104,7 @@ def compress_arguments(
     selection: Selection | None = None,
     more: list[str] | None = None,
 ) -> dict[str, Any]:
-    """What was given of these options, as arguments of `Nugget2D.compress`; `more` are the `--set` ones.
+    """Those of these options that were given, as arguments of `Nugget2D.compress`; `more` are the `--set` ones.
 
     Raises:
         InputError: one of `more` is not NAME=VALUE.

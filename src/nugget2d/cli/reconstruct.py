@@ -1,4 +1,4 @@
-"""`nugget2d reconstruct`: the text of a memory."""
+"""`nugget2d reconstruct`: reconstructs the text of a memory."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,7 @@ def reconstruct(
     model: ReaderName = None,
     force: Force = False,
 ) -> None:
-    """Give back the text of a memory: the very same bytes if it was made with --exact."""
+    """Reconstruct the text of a memory; the identical bytes if it was made with --exact."""
     if out is not None:
         check_writable(out, force=force)
     memory = load_memory(file)

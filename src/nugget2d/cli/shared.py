@@ -1,4 +1,4 @@
-"""What every command needs: one-line messages, progress, models, and bytes to standard output."""
+"""Helpers of all commands: one-line messages, progress, loading models, bytes to standard output."""
 
 import os
 import signal
@@ -15,13 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from nugget2d.errors import ContextWarning, ExactFallbackWarning, InputError, ModelError, QualityWarning
+from nugget2d.errors import AccuracyWarning, ContextWarning, ExactFallbackWarning, InputError, ModelError
 from nugget2d.files import decode_text, read_text
 
 if TYPE_CHECKING:
     from nugget2d import Memory, Nugget2D
 
-INTERRUPTED = 130  # what shells report for a process that SIGINT ended
+INTERRUPTED = 130  # the exit code of shells for a process ended by SIGINT
 SPEED_SECONDS = 600  # remaining time comes from steps this recent; a step of a benchmark takes minutes
 
 
@@ -33,7 +33,7 @@ def say(kind: str, message: str) -> None:
 
 
 def load_model(name: str) -> "Nugget2D":
-    """Load a model onto the GPU if there is one, without the chatter of the libraries below.
+    """Load a model onto the GPU if there is one, without messages of other libraries.
 
     Raises:
         ModelError: there is no such model, or its files are incomplete.
@@ -48,7 +48,7 @@ def load_model(name: str) -> "Nugget2D":
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Torch imported, the libraries below silent, and a sign on the terminal that `name` is being loaded."""
+    """Import torch, silence other libraries, and show on the terminal that `name` is being loaded."""
     _quieten()
     with Console(stderr=True).status(Text(f"loading model {name}")):
         with safe_to_interrupt():
@@ -109,7 +109,7 @@ def bundled_text() -> str:
 
 @contextmanager
 def progress(label: str, unit: str = "segments") -> Iterator[Callable[[int, int], None]]:
-    """A bar over units on standard error, drawn only on a terminal; yields what `on_progress` wants."""
+    """A bar over units on standard error, drawn only on a terminal; yields a function for `on_progress`."""
     console = Console(stderr=True)
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
     with Progress(
@@ -125,8 +125,8 @@ def write_stdout(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def figures() -> Table:
-    """An empty table of names and right-aligned values."""
+def metrics_table() -> Table:
+    """An empty table for names and right-aligned values."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_column(justify="right")
@@ -139,7 +139,7 @@ def against(part: int, whole: int) -> str:
 
 
 def require_temperature(temperature: float) -> None:
-    """Refuse what cannot scale logits.
+    """Refuse temperatures that cannot scale logits.
 
     Raises:
         InputError: negative, NaN or infinite.
@@ -169,7 +169,7 @@ def safe_to_interrupt() -> Iterator[None]:
 
 
 def _quieten() -> None:
-    """Python warnings: ours as one line, those of the libraries below not at all."""
+    """Python warnings: ours as one line, none of other libraries."""
 
     def show(
         message: Warning | str,
@@ -182,6 +182,6 @@ def _quieten() -> None:
         say("warning", str(message))
 
     warnings.simplefilter("ignore")
-    for ours in (ExactFallbackWarning, ContextWarning, QualityWarning):
+    for ours in (ExactFallbackWarning, ContextWarning, AccuracyWarning):
         warnings.simplefilter("always", ours)
     warnings.showwarning = show

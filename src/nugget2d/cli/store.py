@@ -1,4 +1,4 @@
-"""`nugget2d store`: memories kept by content, found by name, tag or words."""
+"""`nugget2d store`: adds, lists, searches and checks the memories of a store."""
 
 import json as json_format
 from collections.abc import Sequence
@@ -32,12 +32,12 @@ from nugget2d.errors import InputError, UnknownMemoryError
 if TYPE_CHECKING:
     from nugget2d.store import MemoryStore, Record
 
-SHORT = 12  # digits of an id, for people
+SHORT = 12  # digits of an id that are shown
 
-store = typer.Typer(name="store", no_args_is_help=True, help="Keep memories, and find them again.")
+store = typer.Typer(name="store", no_args_is_help=True, help="Store memories, and find them again.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Id = Annotated[str, typer.Argument(metavar="ID", help="An id, or how it begins.")]
+Id = Annotated[str, typer.Argument(metavar="ID", help="An id, or its first digits.")]
 
 
 @store.command()
@@ -117,7 +117,7 @@ def list_records(store: StorePlace = DEFAULT_STORE, tag: Tag = None, json: Json 
 
 @store.command()
 def show(id: Id, store: StorePlace = DEFAULT_STORE, json: Json = False) -> None:
-    """Show what is known of a memory, and where its file is."""
+    """Show the record of a memory, and where its file is."""
     with _open(store) as memories:
         record = _find(memories, id)
         place = memories.place(record.id)
@@ -149,7 +149,7 @@ def show(id: Id, store: StorePlace = DEFAULT_STORE, json: Json = False) -> None:
 
 @store.command()
 def rm(
-    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids, or how they begin.")],
+    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids, or their first digits.")],
     store: StorePlace = DEFAULT_STORE,
 ) -> None:
     """Remove memories."""
@@ -168,7 +168,7 @@ def search(
     model: ModelName = DEFAULT_MODEL,
     json: Json = False,
 ) -> None:
-    """Search the memories of one model by the words their nuggets hold; shown is where the part that fits best is."""
+    """Search the memories of one model by words; shows the most relevant part of each."""
     with _open(store) as memories:
         hits = memories.search(load_model(model), query, top=top, tag=tag)
     if json:
@@ -194,7 +194,7 @@ def verify(store: StorePlace = DEFAULT_STORE) -> None:
 
 @store.command()
 def gc(store: StorePlace = DEFAULT_STORE) -> None:
-    """Remove what interrupted writers left behind, if it is an hour old."""
+    """Remove files that interrupted writers left, if they are older than an hour."""
     with _open(store) as memories:
         swept = memories.gc()
     say("removed", f"{swept.files:,} files, {swept.nbytes:,} bytes")
@@ -212,13 +212,13 @@ def _find(memories: "MemoryStore", id: str) -> "Record":
 
 
 def _whole(memories: "MemoryStore", id: str) -> str:
-    """The id that begins so.
+    """The id that begins with these digits.
 
     Raises:
         UnknownMemoryError: none does.
         InputError: several do.
     """
-    if len(id) == 32:  # whole: may be that of a record that cannot be read
+    if len(id) == 32:  # complete: may be that of a damaged record
         return id
     found = [record.id for record in memories.records() if record.id.startswith(id)]
     if not found:
@@ -229,14 +229,14 @@ def _whole(memories: "MemoryStore", id: str) -> str:
 
 
 def _line(text: str) -> str:
-    """Any text as one line that commands no terminal."""
+    """Any text as one line without control characters."""
     from nugget2d.inspection.visible import visible
 
     return " ".join(visible(text, marked=False).split())
 
 
 def _print_columns(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: set[int]) -> None:
-    """Aligned, however long the lines become: others may read them."""
+    """Print aligned columns, of any width, for other programs."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
         cells = (

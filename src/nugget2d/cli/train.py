@@ -1,4 +1,4 @@
-"""`nugget2d train`: run a recipe."""
+"""`nugget2d train`: runs a training recipe."""
 
 from pathlib import Path
 from typing import Annotated

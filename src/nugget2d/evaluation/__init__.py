@@ -1,1 +1,1 @@
-"""Measuring what memories keep."""
+"""Evaluation of memories: reconstruction, continuation, cost."""

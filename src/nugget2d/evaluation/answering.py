@@ -1,9 +1,9 @@
-"""Three ways to answer a question about a context, greedily: from its text, from its kept KV cache, from its memory.
+"""Greedy answers to a question about a context in three ways: from its text, from its kept KV cache, from its memory.
 
-Each yields the answer's (1, 1) token ids one by one and does nothing before the first is asked for: whoever asks can
-put a clock on the first token and on the rest. All run the same loop to the same length; end of text does not stop it.
-Their caches have room for all that comes: transformers' own copy all keys and values at every token, which takes about
-as long as attention does, and would lend the memory a merit that is only its copies' being short.
+Each yields the answer's (1, 1) token ids one by one and starts work when the first is asked for, so that a caller can
+time the first token and the rest. All run the same loop to the same length; end of text does not stop it.
+The caches are preallocated: transformers' own copy all keys and values at every token, which takes about as long as
+attention and would favour the memory, whose copies are shorter.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from nugget2d.modeling.network import Network
 from nugget2d.modeling.parameters import Role
 
 
-class _RoomyLayer(DynamicLayer):
+class _PreallocatedLayer(DynamicLayer):
     """Keys and values of one layer at the start of tensors that are longer: `room` tokens more than the first ones."""
 
     def __init__(self, room: int) -> None:
@@ -31,46 +31,47 @@ class _RoomyLayer(DynamicLayer):
         self._room = room
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write (B, kv_heads, q, head_dim) states behind those that are there; see `DynamicLayer.update`."""
+        """Write (B, kv_heads, q, head_dim) states after those in the cache; see `DynamicLayer.update`."""
         first, count = self.get_seq_length(), key_states.shape[-2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             shapes = ((*states.shape[:2], count + self._room, states.shape[3]) for states in (key_states, value_states))
-            self._whole = [key_states.new_empty(shape) for shape in shapes]
-        for whole, states in zip(self._whole, (key_states, value_states), strict=True):
-            whole[:, :, first : first + count] = states
-        self.keys, self.values = (whole[:, :, : first + count] for whole in self._whole)
+            self._buffers = [key_states.new_empty(shape) for shape in shapes]
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, first : first + count] = states
+        self.keys, self.values = (buffer[:, :, : first + count] for buffer in self._buffers)
         return self.keys, self.values
 
 
-def roomy_cache(model: Network, room: int) -> Cache:
-    """An empty cache that takes in what is read first, and `room` tokens more.
+def preallocated_cache(model: Network, room: int) -> Cache:
+    """An empty cache for what is read first, and `room` tokens more.
 
-    Sliding windows get a full layer as well: as far as nuggets can be read there, they hide nothing (support.py).
+    Sliding windows get a full layer as well: they mask nothing within the positions at which nuggets can be read
+    (modeling/compatibility.py).
     """
     layers = model.lm.config.get_text_config(decoder=True).num_hidden_layers
-    return Cache(layers=[_RoomyLayer(room) for _ in range(layers)])
+    return Cache(layers=[_PreallocatedLayer(room) for _ in range(layers)])
 
 
 @torch.no_grad()
 def answer_from_text(model: Network, context: str, question: Tensor, length: int) -> Iterator[Tensor]:
     """`length` tokens after `context` and the (1, q) ids of `question`, all of it read by the plain LM."""
     embeds = model.embed(torch.cat([model.after_start(model.ids(context)), question], dim=1))
-    yield from _write(model, "base", roomy_cache(model, length), embeds, 0, length)
+    yield from _generate(model, "base", preallocated_cache(model, length), embeds, 0, length)
 
 
 @torch.no_grad()
 def keep_cache(model: Network, context: str, room: int) -> Cache:
     """What the plain LM has read: keys and values of every token of `context`, with room for question and answer."""
-    cache = roomy_cache(model, room)
-    list(_write(model, "base", cache, model.embed(model.after_start(model.ids(context))), 0, 1))
+    cache = preallocated_cache(model, room)
+    list(_generate(model, "base", cache, model.embed(model.after_start(model.ids(context))), 0, 1))
     return cache
 
 
 @torch.no_grad()
 def answer_from_cache(model: Network, cache: Cache, question: Tensor, length: int) -> Iterator[Tensor]:
-    """The same tokens, read on from what `keep_cache` kept; question and answer are added to it."""
-    yield from _write(model, "base", cache, model.embed(question), cache.get_seq_length(), length)
+    """The same tokens, from the cache of `keep_cache`; question and answer are added to it."""
+    yield from _generate(model, "base", cache, model.embed(question), cache.get_seq_length(), length)
 
 
 @torch.no_grad()
@@ -84,14 +85,14 @@ def answer_from_memory(model: Network, file: Path, question: Tensor, length: int
     nuggets = placed_nuggets(model, memory.kv, memory.offsets)
     embeds = model.embed(question)
     embeds = torch.cat([model.prompt("continue", 1).to(embeds.dtype), embeds], dim=1)
-    cache = roomy_cache(model, embeds.shape[1] + length)
+    cache = preallocated_cache(model, embeds.shape[1] + length)
     for layer, (keys, values) in enumerate(zip(nuggets.keys, nuggets.values, strict=True)):
         cache.update(keys, values, layer)
-    yield from _write(model, "decoder", cache, embeds, memory.num_tokens, length)
+    yield from _generate(model, "decoder", cache, embeds, memory.num_tokens, length)
 
 
-def _write(model: Network, role: Role, cache: Cache, embeds: Tensor, position: int, length: int) -> Iterator[Tensor]:
-    """`length` greedy tokens after (1, q, d) inputs that stand from `position` on."""
+def _generate(model: Network, role: Role, cache: Cache, embeds: Tensor, position: int, length: int) -> Iterator[Tensor]:
+    """`length` greedy tokens after (1, q, d) inputs at positions from `position` on."""
 
     def read(embeds: Tensor) -> Tensor:
         nonlocal position

@@ -1,15 +1,15 @@
-"""After how many questions about one context compressing it has paid.
+"""Break-even: the number of questions about one context from which its memory costs less than the alternatives.
 
-Three ways to answer questions about a context, and what each costs ONCE and with EACH question:
+The costs of three ways to answer questions about a context, ONCE and with EACH question:
 
 - text: nothing once; each question reads context and question again.
-- cache: the context is read once and its KV cache stays where the model is; each question reads on from it.
-- memory: the context is compressed and written to a file once; each question loads the file, rotates the keys to where
-  the context's segments stand, reads the question.
+- cache: the context is read once and its KV cache stays in the model's memory; each question is read after it.
+- memory: the context is compressed and written to a file once; each question loads the file, rotates the keys to the
+  positions of the context's segments, reads the question.
 
-Every way then writes the same number of tokens (answering.py). Loading the model is not counted; tokenizing the context
-is, every time a way does it. The file is read soon after it was written, so mostly from the system's page cache. In
-every round each cost is measured once, all of them in turns, so that other work on the machine hits all alike.
+Every way then generates the same number of tokens (answering.py). Loading the model is not counted; tokenizing the
+context is, every time a way does it. The file is read soon after it was written, so mostly from the system's page
+cache. Every round measures each cost once, in turns, so that other work on the machine affects all alike.
 """
 
 import math
@@ -54,9 +54,9 @@ class Cost(NamedTuple):
 
 
 class Payoff(NamedTuple):
-    """The questions after which the memory has cost no more than another way: the first and the last such number.
+    """The range of numbers of questions for which the memory costs no more than another way: first and last.
 
-    Both are None if there is no such question; `last` alone is, if there is no end to them.
+    Both are None if there is no such number, `last` is None if the range has no end.
     """
 
     first: int | None
@@ -127,7 +127,7 @@ def measure_context(
 def _measure_round(
     model: Nugget2D, context: str, question: Tensor, plan: Plan, file: Path, clock: Clock
 ) -> tuple[Round, dict[str, Any]]:
-    """Everything once, and what is held meanwhile; a function of its own, so that one cache is held at a time."""
+    """Everything once, and the sizes; a function of its own, so that only one cache is held at a time."""
     room = question.shape[1] + plan.answer
     memory, compress = _timed(clock, model.compress, context, ratio=plan.ratio)
     file_bytes, save = _timed(clock, memory.save, file)
@@ -154,7 +154,7 @@ def _measure_round(
 
 
 def summarize(rounds: Sequence[Round]) -> dict[str, Any]:
-    """Medians with the lowest and highest of all rounds, and what follows from them.
+    """Medians with the lowest and highest of all rounds, and the break-even points.
 
     Returns:
         seconds: of compressing and of saving; of each way what is done once, a question until its answer's first token,
@@ -185,7 +185,7 @@ def summarize(rounds: Sequence[Round]) -> dict[str, Any]:
 
 
 def device_clock(device: torch.device) -> Clock:
-    """Seconds, read when all work given to `device` so far is done."""
+    """A clock in seconds that first waits for the work given to `device`."""
     if device.type != "cuda":
         return time.perf_counter
 

@@ -1,4 +1,4 @@
-"""A break-even report as a picture."""
+"""Plots a break-even report."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Contexts of several lengths, one break-even report."""
+"""Runs the break-even benchmark over contexts of several lengths."""
 
 from collections.abc import Callable, Sequence
 from itertools import cycle
@@ -20,7 +20,7 @@ REPORT_FILE = "breakeven.json"
 
 
 class Settings(Plan):
-    """What a report rests on.
+    """The settings of a report.
 
     Attributes:
         config: the model's own.
@@ -62,17 +62,18 @@ def run_breakeven(
 
     Returns:
         What the file holds: environment, settings, and one entry of `contexts` for each length: tokens, nuggets,
-        whether it is longer than the model goes on from (`beyond_context`), bytes held, and what `summarize` says.
+        whether it is longer than the model continues from (`beyond_context`), bytes held, and the results of
+        `summarize`.
 
     Raises:
-        InputError: there is no text, or the model does not have so many positions.
+        InputError: there is no text, or the model has too few positions.
         ModelError: the model reads memories of one segment only, and a context is longer.
         OutputError: the folder cannot be written to, or has a report.
     """
     longest = max(settings.lengths)
-    # the start token or the soft prompt stands there too; refused here, not after minutes of measuring
+    # the start token or the soft prompt has a position too; checked here, before minutes of measuring
     end = longest + 1 + settings.question + settings.answer
-    model.require_positions(end, slots=end)
+    model.require_positions(end, states=end)
     if longest > model.config.window:
         _ = model.rotation  # raises where keys cannot be moved
     ids = _tokens(model, texts, max(longest, settings.question))

@@ -1,4 +1,4 @@
-"""A break-even report as tables: for the terminal, and as Markdown ready for docs/RESULTS.md."""
+"""A break-even report as tables for the terminal, and as Markdown for docs/RESULTS.md."""
 
 import math
 from typing import Any
@@ -11,11 +11,11 @@ from nugget2d.evaluation.breakeven import Payoff
 from nugget2d.evaluation.report import markdown_table
 
 WAYS = {"text": "text sent again", "cache": "cache kept", "memory": "memory"}
-_HEADER = ("bytes", "once", "first token", "a question", "saved", "pays from")
+_HEADER = ("bytes", "once", "first token", "a question", "saved", "break-even")
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """One table over all contexts, after what is counted in it and what it was measured on."""
+    """One table over all contexts, with the settings before and notes after it."""
     settings, environment = report["settings"], report["environment"]
     rows = []
     for context in report["contexts"]:
@@ -53,26 +53,26 @@ def print_tables(report: dict[str, Any]) -> None:
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
-    """What is counted, and what must be known to judge by it."""
-    said = [
+    """What is counted, and its limits."""
+    notes = [
         "Text sent again: a question reads context and question. Cache kept: the context is read once, its KV cache "
         "stays in the model's memory; a question reads the question. Memory: the context is compressed and written to "
         "a file once; a question loads the file (from the system's page cache), rotates its keys, reads the question. "
         "All from the string, all to the same number of tokens. Loading the model is not counted.",
-        "Saved: what a question takes less from the memory. Pays from: the first question at which the memory's "
-        "total, what is done once included, is no higher; 1 is at "
-        "once, 1 to 5 ends after 5. In brackets: the best and the worst of single rounds, where rounds differ.",
+        "Saved: what a question takes less from the memory. Break-even: the number of questions from which the "
+        "memory's total, what is done once included, is no higher; 1 to 5 is a range that ends after 5. In brackets: "
+        "the best and the worst of single rounds, where rounds differ.",
         "Bytes: what is held between questions, as text, in the model's memory, and as a file.",
-        "All caches have room for what comes. transformers' own copy themselves at every token, so that `generate` "
-        "takes longer than this, the more so after a text or a cache.",
+        "All caches are preallocated. transformers' own are copied at every token, so that `generate` takes longer, "
+        "especially after a text or a cache.",
     ]
     if any(context["beyond_context"] for context in report["contexts"]):
-        said.append(
-            f"* Longer than the {report['settings']['config']['context']:,} tokens that this model goes on from: "
-            "`generate` would read the last segments only. Here every way reads everything: seconds and bytes hold, "
-            "answers would not."
+        notes.append(
+            f"* Longer than the {report['settings']['config']['context']:,} tokens that this model continues from: "
+            "`generate` would read the last segments only. Here every way reads everything: seconds and bytes are "
+            "valid, answers would not be."
         )
-    return said
+    return notes
 
 
 def _tokens(context: dict[str, Any]) -> str:
@@ -81,21 +81,21 @@ def _tokens(context: dict[str, Any]) -> str:
 
 def _cells(context: dict[str, Any], way: str, *, spread: bool) -> list[str]:
     seconds = (context["seconds"][key][way] for key in ("once", "first_token", "question"))
-    against = ["", ""] if way == "memory" else [f"{context['saved_per_question'][way]:.4f}", _pays(context, way)]
+    against = ["", ""] if way == "memory" else [f"{context['saved_per_question'][way]:.4f}", _break_even(context, way)]
     return [f"{context['bytes'][way]:,}", *(_seconds(one, spread=spread) for one in seconds), *against]
 
 
-def _seconds(figure: dict[str, float], *, spread: bool) -> str:
-    ends = f" ({figure['low']:.4f} .. {figure['high']:.4f})" if spread and figure["high"] else ""
-    return f"{figure['median']:.4f}{ends}"
+def _seconds(metric: dict[str, float], *, spread: bool) -> str:
+    ends = f" ({metric['low']:.4f} .. {metric['high']:.4f})" if spread and metric["high"] else ""
+    return f"{metric['median']:.4f}{ends}"
 
 
-def _pays(context: dict[str, Any], way: str) -> str:
-    """What the medians say; and the best and the worst that a round says, where rounds differ."""
+def _break_even(context: dict[str, Any], way: str) -> str:
+    """By the medians; and by the best and the worst round, where rounds differ."""
     rounds = sorted((Payoff(**one) for one in context["pays_in_rounds"][way]), key=_order)
-    said = _name(Payoff(**context["pays"][way]))
+    text = _name(Payoff(**context["pays"][way]))
     ends = {_name(one) for one in rounds}
-    return said if ends == {said} else f"{said} ({_name(rounds[0])} .. {_name(rounds[-1])})"
+    return text if ends == {text} else f"{text} ({_name(rounds[0])} .. {_name(rounds[-1])})"
 
 
 def _order(payoff: Payoff) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""What general-purpose compressors make of the same texts."""
+"""Bits per character of general-purpose compressors on the same texts."""
 
 import lzma
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 def coder_bits(texts: Sequence[str]) -> dict[str, float]:
     """Bits per character of xz (preset 9, extreme) and zstd (level 19), containers included.
 
-    "each" codes every text by itself, "stream" all of them as one, where a coder learns from one text for the next.
+    "each" codes every text by itself, "stream" all of them as one, where a coder adapts across texts.
     """
     import zstandard
 
@@ -25,6 +25,6 @@ def coder_bits(texts: Sequence[str]) -> dict[str, float]:
 
 
 def _xz(data: bytes) -> bytes:
-    # the preset's dictionary of 64 MiB would cost more time than coding a window; one as long as the data is as good
+    # the preset's dictionary of 64 MiB would take most of the time; one as long as the data gives the same result
     lzma2 = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": max(4096, len(data))}
     return lzma.compress(data, filters=[lzma2])

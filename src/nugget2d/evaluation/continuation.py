@@ -1,8 +1,8 @@
-"""What a context is worth for the text after it: seen whole, in part, not at all, or as a memory.
+"""Continuation: losses of the text after a context, given all, part or none of the context, or its memory.
 
 Without memory the base predicts (adapters off). Its input starts at position 0, with the start token if the
-tokenizer has one, as in `Nugget2D.score`: a shortened text is a new text, not one with a hole before it. A memory of n
-tokens goes on at position n with the soft prompt, so its targets stand where those after the whole context do.
+tokenizer has one, as in `Nugget2D.score`: a shortened text has no gap before it. After a memory of n tokens the soft
+prompt has position n, so that targets have the same positions as after the whole context.
 """
 
 from collections import defaultdict
@@ -19,7 +19,7 @@ from nugget2d.modeling.network import Network
 
 
 def counted_targets(model: Network, length: int) -> int:
-    """How many of `length` target tokens count: all, or all but the first if nothing could stand before it."""
+    """How many of `length` target tokens count: all, or all but the first without a start token."""
     return length if model.start_token is not None else length - 1
 
 
@@ -29,7 +29,7 @@ def lm_losses(model: Network, contexts: Sequence[Sequence[int]], targets: Tensor
 
     Args:
         model: its base predicts.
-        contexts: N lists of ids, of any lengths; empty shows nothing.
+        contexts: N lists of ids, of any lengths; may be empty.
         targets: (N, t) ids.
 
     Returns:
@@ -52,9 +52,9 @@ def lm_losses(model: Network, contexts: Sequence[Sequence[int]], targets: Tensor
 
 @torch.no_grad()
 def no_memory_losses(model: Network, length: int, targets: Tensor) -> Tensor:
-    """Losses of (N, t) targets by the decoder as after `length` tokens, of which it reads nothing -> (N, counted) nats.
+    """Losses of (N, t) targets by the decoder at positions after `length` unread tokens -> (N, `counted_targets`) nats.
 
-    What a memory wins over this, the memory said; the rest of what it wins over the plain LM is the decoder's own.
+    A control: the gain over it is due to the memory, the rest of the gain over the plain LM to the decoder's weights.
     """
     counted = counted_targets(model, targets.shape[1])
     losses = []
@@ -70,7 +70,7 @@ def memory_losses(model: Network, memories: Sequence[Memory], targets: Tensor) -
     """Losses of (N, t) targets after N memories -> (N, `counted_targets`) nats.
 
     Warns:
-        ContextWarning: a memory stands for more tokens than the model goes on from.
+        ContextWarning: a memory stands for more tokens than the model continues from.
     """
     counted = counted_targets(model, targets.shape[1])
     losses = []

@@ -1,7 +1,7 @@
-"""Rate against distortion: what comes back from memories of one length at one ratio, and what they cost.
+"""Rate and distortion: accuracy and size of memories of one window length at one ratio.
 
-Everything is measured through `Nugget2D.compress` and the memories it returns, so a window longer than
-`config.window` is cut, shared out and read segment by segment as users get it.
+Everything is measured through `Nugget2D.compress`, so that windows longer than `config.window` are cut into segments,
+as for users.
 """
 
 from collections.abc import Sequence
@@ -43,17 +43,17 @@ class Reference:
     no_memory: Tensor
 
     def gain(self, seed: int) -> Estimate:
-        """Nats per token that the whole context saves."""
+        """Nats per token by which the whole context lowers the loss."""
         return _mean(self.none - self.full, seed)
 
     def helps(self, seed: int) -> bool:
-        """Whether the whole context saves significantly more than nothing; if not, no share of it means anything."""
+        """Whether the whole context lowers the loss significantly; if not, shares of that gain are meaningless."""
         low = self.gain(seed)["low"]
         return low is not None and low > 0
 
 
 def measure_reference(model: Nugget2D, windows: Sequence[Window]) -> Reference:
-    """What any memory of these windows is held against; the same for all ratios."""
+    """The reference losses of these windows; the same for all ratios."""
     targets = _targets(windows)
     return Reference(
         none=lm_losses(model, [[] for _ in windows], targets),
@@ -63,7 +63,7 @@ def measure_reference(model: Nugget2D, windows: Sequence[Window]) -> Reference:
 
 
 def describe_reference(windows: Sequence[Window], reference: Reference, *, seed: int = 0) -> dict[str, Any]:
-    """The figures of windows of one length that do not depend on memories."""
+    """The metrics of windows of one length that do not depend on memories."""
     texts = [window.text for window in windows]
     return {
         "length": len(windows[0].ids),
@@ -88,7 +88,7 @@ def measure_cell(
     selection: SelectionName | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """All figures of windows of equal length at one ratio.
+    """All metrics of windows of equal length at one ratio.
 
     Args:
         model: the compressor.
@@ -99,7 +99,7 @@ def measure_cell(
         seed: of the bootstrap.
 
     Returns:
-        What is stored as JSON: estimates with 95 % intervals over windows, `nll` in nats per token, sizes in bits per
+        A record for JSON: estimates with 95 % intervals over windows, `nll` in nats per token, sizes in bits per
         character. `retained` is (none - memory) / (none - full) of the targets' losses, `truncation_retained` the same
         for the last k tokens kept as text instead of k nuggets; both None where the whole context does not help.
     """
@@ -134,14 +134,14 @@ def measure_cell(
         "retained": _retained(reference, after, seed),
         "truncation_retained": _retained(reference, kept, seed),
     }
-    # before the exact memories are made: at low ratios either set fills gigabytes
+    # freed before the exact memories are made: at low ratios each set takes gigabytes
     del memories
     cell |= _exact_mode(model, texts, ratio, selection)
     return cell | {"seconds": round(perf_counter() - start, 1)}
 
 
 def retained(sums: Sums) -> NDArray[Any]:
-    """(R, 3) summed losses after nothing, some of the context, all of it -> (R,) the share of the gain that is left."""
+    """(R, 3) summed losses after none, some and all of the context -> (R,) the share of the gain that is retained."""
     none, some, full = sums.T
     return (none - some) / (none - full)
 
@@ -158,7 +158,7 @@ def _exact_mode(
 ) -> dict[str, float]:
     """Bits per character of exact int8 memories: the patch, the nuggets' states, the whole file of each text.
 
-    The file also holds the lossless copy kept for safety; `exact_replays` is the share of texts that do without.
+    The file includes the lossless copy; `exact_replays` is the share of texts that are restored without it.
     """
     memories = model.compress(list(texts), ratio=ratio, selection=selection, exact=True, dtype="int8")
     replays = ["".join(map(model.text, segments)) for segments in reconstruct_ids(model, memories)]

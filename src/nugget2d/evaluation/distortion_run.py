@@ -1,4 +1,4 @@
-"""The grid of lengths and ratios, cell by cell, into a file that a later run goes on from."""
+"""Runs the rate-distortion benchmark over a grid of lengths and ratios; a later run resumes from its file."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ REPORT_FILE = "distortion.json"
 
 
 class Settings(Frozen):
-    """All that cells of one report have in common.
+    """The settings that all cells of a report share.
 
     Attributes:
         config: the model's own.
@@ -24,7 +24,7 @@ class Settings(Frozen):
         data: name of the text.
         data_sha256: of the file's bytes.
         windows: of each length; None takes all that the text has.
-        target: tokens after each window, for the worth of a memory in going on.
+        target: tokens after each window, to measure what continuation retains.
         selection: how nuggets are chosen.
         seed: of windows and bootstrap.
     """

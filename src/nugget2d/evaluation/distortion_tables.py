@@ -1,10 +1,10 @@
-"""A rate-distortion report as Markdown, ready for docs/RESULTS.md."""
+"""A rate-distortion report as Markdown, for docs/RESULTS.md."""
 
 from collections.abc import Iterable
 from typing import Any
 
 from nugget2d.evaluation.intervals import Estimate
-from nugget2d.evaluation.report import figure_text, markdown_table
+from nugget2d.evaluation.report import markdown_table, metric_text
 
 _WITHOUT_GAIN = "-"
 _RETAINED = ("retained by last k %", "without memory %", "with memory %")
@@ -12,7 +12,7 @@ PROFILE_RATIO = 20
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Four tables: reconstruction, going on, bits, and the copy-span profile; with what they mean and rest on."""
+    """Tables of reconstruction, continuation and bits, and the copy-span profile, with definitions and settings."""
     settings, cells = report["settings"], report["cells"]
     lengths = {entry["length"]: entry for entry in report["lengths"]}
     windows = ", ".join(f"{entry['windows']} of {length} tokens" for length, entry in lengths.items())
@@ -22,21 +22,30 @@ def markdown(report: dict[str, Any]) -> str:
         f"selection, on `{settings['data']}` ({report['chars_per_token']:.3f} characters a token). Windows: {windows}; "
         f"those longer than {settings['config']['window']} tokens are compressed in segments, as any text. In "
         "brackets: 95 % bootstrap intervals over windows.",
-        "## What comes back",
-        "Corpus BLEU and windows without a fault by greedy decoding; token accuracy and nats a token with the true "
-        "tokens before.",
+        "## Reconstruction",
+        "Corpus BLEU and exact matches of windows by greedy decoding; token accuracy and nats per token, teacher-"
+        "forced.",
         _table(
-            ("tokens", "ratio", "tokens a nugget", "characters a nugget", "BLEU", "accuracy %", "faultless %", "nats"),
+            (
+                "tokens",
+                "ratio",
+                "tokens a nugget",
+                "characters a nugget",
+                "BLEU",
+                "accuracy %",
+                "exact match %",
+                "nats",
+            ),
             (_fidelity(cell) for cell in cells),
         ),
-        "## Going on",
+        "## Continuation",
         f"Nats a token of the {settings['target']} tokens after a window: by the plain LM after nothing, the last k "
         "tokens of the window (k = its nuggets) and the whole window, all from position 0; by the decoder without and "
         "with its memory. Retained: (nothing - this) / (nothing - all); where all is not significantly better than "
-        f"nothing, it would mean nothing ({_WITHOUT_GAIN}). What is retained without memory is no merit of the memory.",
+        f"nothing, it is undefined ({_WITHOUT_GAIN}). What is retained without memory is due to the decoder's weights.",
         _table(
             ("tokens", "ratio", "nothing", "last k", "all", "no memory", "memory", *_RETAINED),
-            (_going_on(cell, lengths[cell["length"]]) for cell in cells),
+            (_continuation(cell, lengths[cell["length"]]) for cell in cells),
         ),
         "## Bits a character",
         "Exact int8 memories, one file a window: what the patch adds, the nuggets' states, and the file with its "
@@ -80,7 +89,7 @@ def _fidelity(cell: dict[str, Any]) -> list[str]:
     ]
 
 
-def _going_on(cell: dict[str, Any], reference: dict[str, Any]) -> list[str]:
+def _continuation(cell: dict[str, Any], reference: dict[str, Any]) -> list[str]:
     return [
         *_place(cell),
         f"{reference['nll_none']['value']:.3f}",
@@ -119,5 +128,5 @@ def _place(cell: dict[str, Any]) -> list[str]:
     return [str(cell["length"]), f"{cell['ratio']:g}x"]
 
 
-def _number(figure: Estimate | None, digits: int, scale: float = 1) -> str:
-    return _WITHOUT_GAIN if figure is None else figure_text(figure, digits, scale)
+def _number(metric: Estimate | None, digits: int, scale: float = 1) -> str:
+    return _WITHOUT_GAIN if metric is None else metric_text(metric, digits, scale)

@@ -1,4 +1,4 @@
-"""How faithfully texts come back, by corpus BLEU (sacrebleu's defaults: 13a tokenization, exponential smoothing)."""
+"""Corpus BLEU of reconstructed texts (sacrebleu's defaults: 13a tokenization, exponential smoothing)."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""One set of figures on held-out windows: what training logs on its way, and what studies compare at its end."""
+"""The metrics on held-out windows that training logs and studies compare."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from nugget2d.modeling.network import Network
 PROFILED = 20
 
 
-def held_out_figures(model: Network, windows: Tensor, context: int, ratios: Sequence[int]) -> dict[str, Any]:
+def held_out_metrics(model: Network, windows: Tensor, context: int, ratios: Sequence[int]) -> dict[str, Any]:
     """Measure a compressor on (N, n) ids whose first `context` tokens are compressed.
 
     Returns:
@@ -26,15 +26,15 @@ def held_out_figures(model: Network, windows: Tensor, context: int, ratios: Sequ
             nuggets, or all of the tokens before them.
         lm_loss: nats per token of all but the first token by plain language modelling.
     """
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     texts = windows[:, :context]
     for ratio in ratios:
         hits, distance = reconstruction_hits(model, texts, ratio)
-        figures[f"accuracy_{ratio}x"] = float(hits.float().mean())
+        metrics[f"accuracy_{ratio}x"] = float(hits.float().mean())
         if ratio == PROFILED:
-            figures[f"profile_{ratio}x"] = copy_span_profile(hits, distance)
-    figures["continue_none"] = continuation_loss(model, windows, context, None)
-    figures["continue_10x"] = continuation_loss(model, windows, context, 10)
-    figures["continue_full"] = lm_loss_per_token(model, windows, context)
-    figures["lm_loss"] = lm_loss_per_token(model, windows, 0)
-    return {key: round(value, 4) if isinstance(value, float) else value for key, value in figures.items()}
+            metrics[f"profile_{ratio}x"] = copy_span_profile(hits, distance)
+    metrics["continue_none"] = continuation_loss(model, windows, context, None)
+    metrics["continue_10x"] = continuation_loss(model, windows, context, 10)
+    metrics["continue_full"] = lm_loss_per_token(model, windows, context)
+    metrics["lm_loss"] = lm_loss_per_token(model, windows, 0)
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in metrics.items()}

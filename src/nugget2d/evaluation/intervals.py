@@ -1,4 +1,7 @@
-"""How sure a figure is: percentile bootstrap over windows (Efron and Tibshirani, Introduction to the Bootstrap, 13)."""
+"""Confidence intervals of metrics, by the percentile bootstrap over windows.
+
+Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypedDict
@@ -10,12 +13,12 @@ RESAMPLES = 2000
 CONFIDENCE = 0.95
 
 Sums = NDArray[np.float64]
-# (R, m) sums over windows, one row a sample -> (R,) figures
+# (R, m) sums over windows, one row a sample -> (R,) metrics
 Statistic = Callable[[Sums], NDArray[Any]]
 
 
 class Estimate(TypedDict):
-    """A figure and its 95 % interval; the bounds are None where a single window says nothing about spread."""
+    """A metric and its 95 % interval; the bounds are None for a single window."""
 
     value: float
     low: float | None
@@ -28,11 +31,11 @@ def quotient(sums: Sums) -> NDArray[Any]:
 
 
 def estimate(rows: ArrayLike, statistic: Statistic = quotient, *, seed: int = 0) -> Estimate:
-    """A figure of all windows, with the interval that drawing the windows again, with replacement, gives it.
+    """A metric over all windows, with its interval from resampling the windows with replacement.
 
     Args:
-        rows: (N, m) what each of N windows adds to m sums; figures of one window stay together, differences are paired.
-        statistic: the figure from the sums.
+        rows: (N, m) what each of N windows adds to m sums; sums of a window stay together, so differences are paired.
+        statistic: the metric from the sums.
         seed: of the draws.
     """
     table = np.asarray(rows, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Reports as pictures."""
+"""Plots of reports."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ DPI = 120
 
 
 def plot_distortion(report: Report, folder: Path) -> list[Path]:
-    """Write one PNG a question into `folder`: what comes back, bits, going on, how far a nugget reaches."""
+    """Write PNGs into `folder`: fidelity, bits, what continuation retains, and the copy-span profile."""
     drawings: dict[str, Callable[[Report], Figure]] = {
         "fidelity": _fidelity,
         "bits": _bits,
@@ -159,7 +159,7 @@ def _style(number: int, label: str) -> dict[str, Any]:
 def _line(
     axes: "Axes", cells: list[Cell], key: str, style: dict[str, Any], *, scale: float = 1, band: bool = True
 ) -> None:
-    """A figure against the achieved ratio, with its interval as a band."""
+    """A metric against the achieved ratio, with its interval as a band."""
     ratios = [cell["achieved_ratio"] for cell in cells]
     axes.plot(ratios, [scale * cell[key]["value"] for cell in cells], **style)
     if band and all(cell[key]["low"] is not None for cell in cells):

@@ -1,4 +1,4 @@
-"""What a figure depends on besides the code: written into every benchmark's JSON."""
+"""Benchmark reports as JSON with their environment (versions, hardware, commit), and Markdown tables."""
 
 import json
 import platform
@@ -49,12 +49,12 @@ def markdown_table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
 
 
-def figure_text(figure: Estimate, digits: int, scale: float = 1) -> str:
-    """A figure and its interval, if it has one."""
-    value = f"{scale * figure['value']:.{digits}f}"
-    if figure["low"] is None or figure["high"] is None:
+def metric_text(metric: Estimate, digits: int, scale: float = 1) -> str:
+    """A metric and its interval, if it has one."""
+    value = f"{scale * metric['value']:.{digits}f}"
+    if metric["low"] is None or metric["high"] is None:
         return value
-    return f"{value} [{scale * figure['low']:.{digits}f}, {scale * figure['high']:.{digits}f}]"
+    return f"{value} [{scale * metric['low']:.{digits}f}, {scale * metric['high']:.{digits}f}]"
 
 
 def make_folder(folder: Path) -> None:
@@ -75,7 +75,7 @@ def load_report(path: Path, settings: Frozen, parts: Sequence[str]) -> dict[str,
     Args:
         path: of a JSON file.
         settings: what the report must have been measured with.
-        parts: keys that it must have besides.
+        parts: other keys that it must have.
 
     Raises:
         InputError: it is no such report, or one of other settings.

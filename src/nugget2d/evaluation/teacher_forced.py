@@ -1,4 +1,4 @@
-"""Token accuracy under teacher forcing, and the copy-span profile: where in a window the memory stops carrying."""
+"""Token accuracy under teacher forcing, and the copy-span profile: accuracy by distance to the next nugget."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from nugget2d.text.segmentation import tokenize
 
 @dataclass(frozen=True, eq=False)
 class ReadBack:
-    """How one memory's text fares under teacher forcing, token by token; n tokens of all its segments in order.
+    """Teacher-forced predictions of one memory's text; n tokens of all its segments in order.
 
     Attributes:
         hits: (n,) bool, the decoder's first choice is right.
@@ -38,7 +38,7 @@ def read_back(model: Network, memories: Sequence[Memory], texts: Sequence[str]) 
     Args:
         model: what made the memories.
         memories: of any number of segments each.
-        texts: what they stand for.
+        texts: their texts.
     """
     jobs = []
     for number, (memory, text) in enumerate(zip(memories, texts, strict=True)):
@@ -66,7 +66,7 @@ def read_back(model: Network, memories: Sequence[Memory], texts: Sequence[str]) 
 
 
 def rows_at_once(model: Network, tokens: int) -> int:
-    """Rows of `tokens` tokens in one batch: logits of a quarter of `BATCH_LOGITS`, for their copies need room too."""
+    """Rows of `tokens` tokens in one batch: a quarter of `BATCH_LOGITS`, as logits are copied."""
     return max(1, BATCH_LOGITS // 4 // (model.lm.config.vocab_size * tokens))
 
 
@@ -112,7 +112,7 @@ def copy_span_profile(hits: Tensor, distance: Tensor) -> list[float]:
 def continuation_loss(model: Network, windows: Tensor, context: int, ratio: float | None, *, rows: int = 32) -> float:
     """Mean loss of the last n - `context` tokens of (N, n) windows, in nats.
 
-    `ratio` compresses the first `context` tokens as one segment; None shows the model nothing of them.
+    `ratio` compresses the first `context` tokens as one segment; None hides them.
     """
     losses = []
     for ids in windows.split(rows):

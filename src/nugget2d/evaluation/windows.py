@@ -31,8 +31,8 @@ def sample_windows(
     """Windows of `length` tokens with `target` more after them, none sharing a token with another.
 
     Documents take turns: one window from each that is long enough, in order, then a second from each, until there are
-    `count`. A document is cut into equal slots, taken in random order; a window stands at a random place of its
-    slot or, where that text would tokenize differently by itself, at the next place.
+    `count`. A document is cut into equal parts, taken in random order; a window starts at a random place in its
+    part or, where that text would tokenize differently by itself, at the next place.
 
     Args:
         tokenizer: what made the ids.
@@ -69,13 +69,13 @@ def sample_windows(
 def _disjoint(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], length: int, span: int, draw: random.Random
 ) -> Iterator[Window]:
-    slots = len(ids) // span
-    size = len(ids) // slots
+    parts = len(ids) // span
+    size = len(ids) // parts
     places = size - span + 1
-    for slot in draw.sample(range(slots), slots):
+    for part in draw.sample(range(parts), parts):
         first = draw.randrange(places)
         for step in range(places):
-            start = slot * size + (first + step) % places
+            start = part * size + (first + step) % places
             inside = list(ids[start : start + length])
             text = detokenize(tokenizer, inside)
             if tokenize(tokenizer, text)[0] == inside:

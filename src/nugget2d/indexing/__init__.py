@@ -1,1 +1,1 @@
-"""A corpus into a store: documents, workers that compress them, and what becomes of each."""
+"""Indexing: compresses the documents of a corpus into a store, with parallel workers."""

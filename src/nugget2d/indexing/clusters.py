@@ -1,6 +1,6 @@
-"""The engine of a cluster: Ray Data streams the batches through a pool of actors, on whatever machines Ray has.
+"""The engine for clusters: Ray Data streams batches through a pool of actors.
 
-What a worker raises comes back as an outcome would: Ray would make three pages of it.
+Errors of workers are returned as values: Ray would wrap them into long tracebacks.
 """
 
 import logging
@@ -17,16 +17,16 @@ from nugget2d.errors import InputError, NuggetError, StoreError
 from nugget2d.indexing.documents import Batch
 from nugget2d.indexing.work import AGAIN, Job, Outcome, Worker
 
-# Unless the user says otherwise: nobody is told that Ray is used, and a terminal shows our progress, not Ray's.
+# Defaults: no usage statistics are sent, and only our own progress is shown.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "ERROR", "RAY_BACKEND_LOG_LEVEL": "fatal"}
-READ_AHEAD = 2**26  # bytes of batches, and of what came of them, that wait in Ray's object store
+READ_AHEAD = 2**26  # bytes of batches and results that wait in Ray's object store
 
 
 def run_on_cluster(job: Job, batches: Iterable[Batch], workers: int) -> Iterator[list[Outcome]]:
     """Outcomes of batch after batch, as they are done. At most `READ_AHEAD` bytes are read ahead.
 
-    The cluster is the one that Ray was initialized with, or that `RAY_ADDRESS` names, or else one of this machine, for
-    as long as this runs. The corpus is read on this machine. Every machine needs this package and the model; the store
+    The cluster is the one that Ray was initialized with, or that `RAY_ADDRESS` names, or else a local one for the
+    duration of the call. The corpus is read on this machine. Every machine needs this package and the model; the store
     is best a bucket: SQLite's write-ahead log is for one machine. Where there are GPUs, each worker has one.
 
     Args:
@@ -36,8 +36,8 @@ def run_on_cluster(job: Job, batches: Iterable[Batch], workers: int) -> Iterator
 
     Raises:
         InputError: Ray is not installed.
-        StoreError: a worker died, or Ray gave up.
-        NuggetError: what reading, or a worker, raised.
+        StoreError: a worker died, or Ray failed.
+        NuggetError: raised by reading or by a worker.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -60,13 +60,13 @@ def run_on_cluster(job: Job, batches: Iterable[Batch], workers: int) -> Iterator
     try:
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
-        context.target_max_block_size = 1  # bytes: every batch goes to whichever actor is free
+        context.target_max_block_size = 1  # bytes: every batch goes to the next free actor
         limit = ray.data.ExecutionResources.for_limits(object_store_memory=READ_AHEAD)
         context.execution_options.resource_limits = limit
         with ray.data.DataContext.current(context):
             read = ray.data.range(1).map_batches(
                 _Reader(batches),
-                num_cpus=0,  # else it waits for a core that the actors have
+                num_cpus=0,  # else it would wait for a core that an actor occupies
                 label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
             )
             done = read.map_batches(
@@ -82,14 +82,14 @@ def run_on_cluster(job: Job, batches: Iterable[Batch], workers: int) -> Iterator
                 raise outcomes
             yield outcomes
     except ray.exceptions.RayError as error:
-        raise StoreError(f"Ray gave up: {error}; {AGAIN}") from error
+        raise StoreError(f"Ray failed: {error}; {AGAIN}") from error
     finally:
         if here:
             ray.shutdown()
 
 
 class _Reader:
-    """The corpus, a row a batch."""
+    """The corpus, one row per batch."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self._batches = batches
@@ -102,7 +102,7 @@ class _Reader:
 
 
 class _Actor:
-    """A worker, for rows."""
+    """A `Worker` with rows as input and output."""
 
     def __init__(self, job: Job) -> None:
         import ray
@@ -115,7 +115,7 @@ class _Actor:
         return Worker(self._job)
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        # Ray starts a dead actor anew and gives it the same batch: one that ends its process would do so for ever
+        # Ray restarts a dead actor with the same batch: one that ends its process would do so again and again
         if self._restarted:
             return _row(StoreError(f"a worker was ended (out of memory?); {AGAIN}"))
         try:
@@ -126,5 +126,5 @@ class _Actor:
 
 
 def _row(value: Any) -> dict[str, np.ndarray]:
-    """Pickled, for Arrow would make lists of the named tuples."""
+    """Pickled, as Arrow would turn named tuples into lists."""
     return {"value": np.array([pickle.dumps(value)], dtype=object)}

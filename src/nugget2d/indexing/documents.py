@@ -1,4 +1,4 @@
-"""Documents of a corpus, one at a time; one that cannot be read is a failure among them, not the end."""
+"""Reads the documents of a corpus one at a time; a document that cannot be read becomes a `Failure`."""
 
 import json
 import lzma
@@ -14,14 +14,14 @@ SUFFIXES = (".txt", ".md")
 
 
 class Document(NamedTuple):
-    """A text and what it is called in messages and in the store."""
+    """A text and its name in messages and in the store."""
 
     name: str
     text: str
 
 
 class Failure(NamedTuple):
-    """A document that could not be worked with, and why."""
+    """A document that could not be indexed, and why."""
 
     name: str
     reason: str
@@ -31,7 +31,7 @@ Batch: TypeAlias = list[Document | Failure]
 
 
 def count(source: Path) -> int:
-    """How many documents `documents` will give; a corpus in one file is read for that.
+    """How many documents `documents` will yield; a corpus in one file is read for that.
 
     Raises:
         InputError: see `documents`.
@@ -42,8 +42,8 @@ def count(source: Path) -> int:
 def documents(source: Path) -> Iterator[Document | Failure]:
     """The .txt and .md files below a folder, by path; or the records of a .jsonl or .jsonl.xz file, in order.
 
-    A file is called by its path below the folder. Of a record `text` is read; it is called by its `name` or `id`, or
-    else by its line.
+    The name of a file is its path below the folder. Of a record `text` is read; its name is its `name` or `id`, or else
+    its line number.
 
     Raises:
         InputError: there is no such folder or file, it is of another kind, or cannot be read.
@@ -62,7 +62,7 @@ def documents(source: Path) -> Iterator[Document | Failure]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of `source` in batches, read anew whenever they are iterated over, in whatever process.
+    """The documents of `source` in batches, read again by every iteration, in any process.
 
     A batch is consecutive documents, together at most `chars` characters; a longer one is alone.
     """
@@ -79,7 +79,7 @@ class Corpus:
         batch: Batch = []
         size = 0
         for entry in documents(self.source):
-            _, text = entry  # or why there is none: failures, too, may be many
+            _, text = entry  # of a failure, the reason: there may be many of them as well
             if batch and size + len(text) > self.chars:
                 yield batch
                 batch, size = [], 0

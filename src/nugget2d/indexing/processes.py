@@ -1,4 +1,4 @@
-"""The engine of one machine: a pool of worker processes, with only so much under way."""
+"""The engine for one machine: a pool of worker processes with a bounded queue."""
 
 import signal
 from collections.abc import Iterable, Iterator
@@ -11,15 +11,15 @@ from nugget2d.errors import StoreError
 from nugget2d.indexing.documents import Batch
 from nugget2d.indexing.work import AGAIN, Job, Outcome, Worker
 
-WAITING = 2  # batches under way for each worker: one in work, one that waits for it
+WAITING = 2  # batches per worker: one in work, one waiting
 
 
 def run_in_processes(job: Job, batches: Iterable[Batch], workers: int) -> Iterator[list[Outcome]]:
-    """Outcomes of batch after batch, as they are done. Batches are read only as fast as they are worked on.
+    """Outcomes of batch after batch, as they are done. Batches are read only as fast as they are processed.
 
     Raises:
         StoreError: a worker died.
-        NuggetError: what a worker raised.
+        NuggetError: raised by a worker.
     """
     # spawned, not forked: torch's threads do not survive a fork
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_the_parent)
@@ -36,7 +36,7 @@ def run_in_processes(job: Job, batches: Iterable[Batch], workers: int) -> Iterat
     except BrokenProcessPool as error:
         raise StoreError(f"a worker process was ended (out of memory?); {AGAIN}") from error
     finally:
-        pool.shutdown(cancel_futures=True)  # what is in work is finished, and kept
+        pool.shutdown(cancel_futures=True)  # batches in work are finished and stored
 
 
 def _leave_interrupts_to_the_parent() -> None:

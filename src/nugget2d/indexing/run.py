@@ -1,4 +1,4 @@
-"""Index a corpus: from documents to a summary."""
+"""`index`: runs an engine over a corpus, and sums up the outcomes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,11 +19,11 @@ ENGINES = {"process": run_in_processes, "ray": run_on_cluster}
 
 @dataclass
 class Summary:
-    """What became of a corpus.
+    """The results of indexing a corpus.
 
     Attributes:
         added: documents that were compressed.
-        known: documents that the store had, or that came twice.
+        known: documents that the store had already, or duplicates.
         failures: the others.
         tokens: of the documents that were added.
         seconds: from start to end, loading the model included.
@@ -48,7 +48,7 @@ def index(
     on_progress: Callable[[int, int], None] | None = None,
     engine: EngineName = "process",
 ) -> Summary:
-    """Put every document of `source` into the job's store; those that it has already are not compressed again.
+    """Add every document of `source` to the job's store; those that it has already are not compressed again.
 
     Workers are spawned: a script calls this below `if __name__ == "__main__":`.
 
@@ -64,7 +64,7 @@ def index(
         ModelError, StoreError, OutputError: the model or the store cannot be used; what was done is kept.
     """
     start, total, summary = perf_counter(), count(source), Summary()
-    MemoryStore(job.store).close()  # refused here, before workers are started
+    MemoryStore(job.store).close()  # checked before workers are started
     for outcomes in ENGINES[engine](job, Corpus(source, BATCH_CHARS), workers):
         for outcome in outcomes:
             if isinstance(outcome, Failure):

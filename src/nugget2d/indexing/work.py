@@ -1,6 +1,6 @@
-"""What one worker does with documents: compress those that the store does not have, and keep them.
+"""A worker of indexing: compresses the documents that the store does not have, and stores them.
 
-An engine (processes.py, clusters.py) carries batches of documents to workers; it knows nothing of what they do.
+The engines (processes.py, clusters.py) distribute batches of documents to workers.
 """
 
 from typing import Any, NamedTuple, TypeAlias
@@ -16,11 +16,11 @@ from nugget2d.methods.options import CompressOptions
 from nugget2d.model import Nugget2D
 from nugget2d.store import MemoryStore
 
-AGAIN = "run the same command again: it goes on where it stopped"  # what an engine that gives up says last
+AGAIN = "run the same command again to resume"  # the remedy when an engine fails
 
 
 class Job(Frozen):
-    """Everything a worker must be told.
+    """What a worker needs to know.
 
     Attributes:
         store: what `MemoryStore` opens.
@@ -36,7 +36,7 @@ class Job(Frozen):
 
 
 class Done(NamedTuple):
-    """A document that the store has: `tokens` were compressed for it, none if the store had it before."""
+    """A document that is stored: `tokens` were compressed for it, 0 if the store had it before."""
 
     name: str
     tokens: int
@@ -63,10 +63,10 @@ class Worker:
         self._settings = CompressOptions.of(self._model, **job.options)
 
     def __call__(self, batch: Batch) -> list[Outcome]:
-        """Work on a batch; what is wrong with one document does not harm the others.
+        """Process a batch; a document that fails does not affect the others.
 
         Raises:
-            StoreError, OutputError: the store cannot take any more: no document's fault.
+            StoreError, OutputError: the store cannot be written, which no document causes.
         """
         outcomes: list[Outcome] = [entry for entry in batch if isinstance(entry, Failure)]
         read = [entry for entry in batch if isinstance(entry, Document)]
@@ -88,12 +88,12 @@ class Worker:
         return outcomes
 
     def _compress(self, texts: list[str]) -> list[Memory | str]:
-        """The memory of each text, or why there is none: if they fail together, each is tried alone."""
+        """The memory of each text, or an error message; if texts fail together, each is tried alone."""
         if not texts:
             return []
         try:
             return list(self._settings.compress(self._model, texts))
-        except Exception as error:  # whatever a text may do to a tokenizer or a model
+        except Exception as error:  # any error of a tokenizer or model
             if len(texts) == 1:
                 return [str(error) or type(error).__name__]
             return [result for text in texts for result in self._compress([text])]

@@ -1,1 +1,1 @@
-"""A memory in front of a prompt: reconstruct, continue, score, sample."""
+"""Inference with memories: prefix, generation, scoring, reconstruction, sampling."""

@@ -1,7 +1,7 @@
-"""What might follow a text: continuations that the LM makes up having seen all of it, and what it expects in them.
+"""Sampled continuations of a text by the base LM, with its predictive distributions.
 
-A memory that is to predict as well as the text itself can learn it from these; what really follows is not known when a
-text is compressed.
+They are training data for a memory that is to predict as well as the full text; the true continuation is not known when
+a text is compressed.
 """
 
 from collections.abc import Sequence

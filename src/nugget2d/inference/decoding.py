@@ -1,6 +1,6 @@
-"""The one decoding loop of our own, for what transformers' `generate` cannot do: forced tokens, a clock on every token,
-probabilities kept. (Streams slide their window while they write, and the server steps whole batches: they choose tokens
-by themselves.)
+"""A decoding loop with what transformers' `generate` does not offer: forced tokens, timing per token, probabilities.
+
+(Streams slide their window while generating, and the server steps whole batches: these have loops of their own.)
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Continue a prompt with transformers' generate, after a memory or without one, in one string or piece by piece."""
+"""Generation: continue a prompt, with or without a memory, as one string or as a stream."""
 
 import queue
 import threading
@@ -59,7 +59,7 @@ def generate(
 
 
 class _Abandoned(StoppingCriteria):
-    """Ends generation when nobody reads the stream any more."""
+    """Ends generation when the stream is no longer read."""
 
     def __init__(self) -> None:
         self.event = threading.Event()
@@ -70,28 +70,28 @@ class _Abandoned(StoppingCriteria):
 
 
 class _TextStreamer(BaseStreamer):
-    """Pieces of text of the tokens that transformers' generate has chosen, for another thread."""
+    """Hands the text of generated tokens to another thread, as it becomes certain."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._detokenizer = IncrementalDetokenizer(tokenizer)
-        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def put(self, value: Tensor) -> None:
         for token in value.flatten().tolist():
-            self._pieces.put(self._detokenizer.push(token))
+            self._texts.put(self._detokenizer.push(token))
 
     def end(self) -> None:
         try:
-            self._pieces.put(self._detokenizer.finish())
+            self._texts.put(self._detokenizer.finish())
         finally:  # the reader waits for it
-            self._pieces.put(None)
+            self._texts.put(None)
 
     def __iter__(self) -> Iterator[str]:
-        return (piece for piece in iter(self._pieces.get, None) if piece)
+        return (text for text in iter(self._texts.get, None) if text)
 
 
 def _stream(run: Callable[..., Tensor], model: Network) -> Iterator[str]:
-    """Pieces of text as a thread generates them; its error, if any, is raised here."""
+    """Text as a thread generates it; an error of the thread is raised here."""
     streamer = _TextStreamer(model.tokenizer)
     abandoned = _Abandoned()
     failure: list[BaseException] = []
@@ -117,10 +117,10 @@ def _stream(run: Callable[..., Tensor], model: Network) -> Iterator[str]:
 def _inputs(
     model: Network, prompt: str | Sequence[int], memory: Memory | None, copies: int, new_tokens: int
 ) -> tuple[Prefix, dict[str, Any]]:
-    """What stands before the prompt; and what transformers' generate needs to continue from a cache.
+    """The prefix, and the inputs that transformers' generate needs to continue from its cache.
 
-    That is embeddings, mask AND positions of length K + q. Leaving out the mask or the positions gives wrong text
-    without an error; the embeddings of the K cached states are never looked at.
+    These are embeddings, mask AND positions of length K + q. Without the mask or the positions the text is wrong, and
+    there is no error; the embeddings of the K cached states are not used.
     """
     ids = prompt_ids(model, memory, prompt)
     if memory is None and not ids.numel():

@@ -1,4 +1,4 @@
-"""A memory's keys and values as tensors, rotated to the places in the text where a reader wants them."""
+"""Keys and values of memories as tensors for the model, rotated to the positions at which they are read."""
 
 from collections.abc import Sequence
 
@@ -45,7 +45,7 @@ def placed_nuggets(model: Network, payload: KVPayload, shift: Tensor, first: int
     A last token that is to be read again (`KVPayload.last_id`) is left out.
 
     Args:
-        model: who reads.
+        model: reads the result.
         payload: its heads keep the same tokens.
         shift: (rows,) by how many positions the keys of these tokens move; those of the prefix stay.
         first: the first row of the token table that is read.

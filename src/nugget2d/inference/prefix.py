@@ -1,7 +1,7 @@
-"""`prefix`: the one way a memory gets in front of a prompt.
+"""`prefix`: puts a memory in front of a prompt, as a cache, inputs, weights and position.
 
-Everything that reads memories (generate, score, the server, lm-eval, benchmarks) takes the cache, inputs, weights and
-position from here and goes on with its own tokens.
+Everything that reads memories (generate, score, the server, lm-eval, benchmarks) starts from it and reads its own
+tokens after it.
 """
 
 import warnings
@@ -28,14 +28,14 @@ from nugget2d.modeling.parameters import Role
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """What stands before a prompt.
+    """What is before a prompt.
 
     Attributes:
-        cache: keys and values of the memory, in a cache of its own that reading fills further.
+        cache: keys and values of the memory, in a new cache, to which reading appends.
         embeds: (1, m, d) inputs to be read before the prompt: a soft prompt, a start token, a text; m may be 0.
-        role: the weights that read.
+        role: the weights to read with.
         position: of the first of `embeds`.
-        skipped: first tokens of the context that are beyond the model's reach, and are not read.
+        skipped: tokens at the start of the context that are not read, as the model has no positions for them.
     """
 
     cache: Cache
@@ -51,15 +51,15 @@ class Prefix:
 
 
 def prefix(model: Network, memory: Memory | None, room: int = 0, *, start: bool = True) -> Prefix:
-    """Put a memory, or just the start token, in front of what follows.
+    """Put a memory, or only the start token, in front of what follows.
 
-    Positions beyond those of training make any model unreliable, so of a longer memory only the last segments are read,
+    Models are unreliable at positions beyond those of training, so of a longer memory only the last segments are read,
     the first of them at position 0.
 
     Args:
-        model: who reads.
+        model: the reader.
         memory: None is plain language modelling.
-        room: tokens that will follow the memory; of a model whose positions end, fewer segments may be read.
+        room: tokens that will follow the memory; with a limited number of positions, fewer segments may be read.
         start: whether the start token stands before what follows, where there is no memory; rendered chat templates
             bring their own.
 
@@ -68,7 +68,7 @@ def prefix(model: Network, memory: Memory | None, room: int = 0, *, start: bool 
 
     Raises:
         MismatchError: the memory was made by another model.
-        InputError: there are not so many positions (`Network.require_positions`).
+        InputError: the model has too few positions (`Network.require_positions`).
     """
     if memory is None:
         return _as_text(model, [], room, start=start)
@@ -94,7 +94,7 @@ def prompt_ids(model: Network, memory: Memory | None, prompt: str | Sequence[int
 def read(model: Network, before: Prefix, embeds: Tensor, *, logits_to_keep: int = 0) -> Tensor:
     """(1, m + q or `logits_to_keep`, V) logits of `before.embeds` and inputs (1, q, d) after it; its cache is filled.
 
-    To read on, `position` moves with what the cache has: see `Prefix.next_position`.
+    Tokens read later have positions from `Prefix.next_position` + q on.
     """
     embeds = torch.cat([before.embeds, embeds], dim=1)
     positions = before.position + torch.arange(embeds.shape[1], device=embeds.device)
@@ -128,7 +128,9 @@ def _after_states(model: Network, memory: Memory, payload: KVPayload, room: int)
         embeds = torch.cat([embeds, model.prompt("continue", 1).to(embeds.dtype)], dim=1)
     room += embeds.shape[1] - len(again)
     before = len(payload.prefix_ids)
-    limit = model.config.context if model.reach is None else min(model.config.context, model.reach - room - before)
+    limit = model.config.context
+    if model.max_positions is not None:
+        limit = min(limit, model.max_positions - room - before)
     first = _first_within(memory, limit)
     if first:
         warnings.warn(
@@ -144,7 +146,7 @@ def _after_states(model: Network, memory: Memory, payload: KVPayload, room: int)
     cache: Cache
     end = before + memory.num_tokens - skipped
     longest = max(count for layer in payload.head_counts for count in layer)
-    model.require_positions(end + room, slots=longest + room)
+    model.require_positions(end + room, states=longest + room)
     if payload.heads is None:
         cache = placed_nuggets(model, payload, shift, row).to_cache(model.lm.config)
     else:

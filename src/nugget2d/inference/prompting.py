@@ -1,8 +1,8 @@
-"""Chat templates: messages become exactly the tokens of the tokenizer's own template, and their text stays text.
+"""Chat templates: messages to the tokens of the tokenizer's own template, with special tokens in messages as text.
 
-The real messages are rendered, and that rendering is what the model reads. A string such as "</s>" in a message would
-become a special token there. Where one came from is found by a second rendering, with private-use characters in its
-place, which the model never reads.
+The messages are rendered as they are, and the model reads this rendering. A string such as "</s>" in a message would
+become a special token in it. A second rendering, with private-use characters in place of such strings, tells which
+special tokens come from messages; the model does not read it.
 """
 
 import re
@@ -21,7 +21,7 @@ from nugget2d.text.special_tokens import Span, SpecialTokens, tokenize_part, unu
 
 # without a template, where the model would continue with the next question by itself
 PLAIN_STOP = "\nuser:"
-# what a template raises by itself, and what its expressions raise on messages that it does not expect
+# raised by a template itself, and by its expressions on messages that it does not expect
 _REFUSALS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
 
 
@@ -195,14 +195,14 @@ def _find(
         if core:  # whitespace around it stays: templates trim
             marked[index] = replace(messages[index], text=messages[index].text.replace(core, f"{mark}{index}{mark}", 1))
     try:
-        pieces = re.split(f"{mark}([0-9]+){mark}", _rendering(tokenizer, marked))
+        parts = re.split(f"{mark}([0-9]+){mark}", _rendering(tokenizer, marked))
     except InputError:  # it looks at the contents
         return {}
-    shown = [int(index) for index in pieces[1::2]]
-    pieces[1::2] = [cores[index] for index in shown]
-    if "".join(pieces) != text:
+    shown = [int(index) for index in parts[1::2]]
+    parts[1::2] = [cores[index] for index in shown]
+    if "".join(parts) != text:
         return {}
-    ends = list(accumulate(map(len, pieces)))
+    ends = list(accumulate(map(len, parts)))
     spans, times = zip(shown, ends[0::2], ends[1::2], strict=False), Counter(shown)
     return {index: (start, end) for index, start, end in spans if times[index] == 1}
 

@@ -1,4 +1,4 @@
-"""Give a memory's text back: greedy decoding of each segment from its own states, many segments side by side."""
+"""Reconstruction: greedy decoding of each segment's text from its own states, many segments in a batch."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from nugget2d.memory.memory import Memory
 from nugget2d.modeling.compatibility import as_cache
 from nugget2d.modeling.network import Network
 
-# Segments decoded side by side.
+# Segments decoded in a batch.
 BATCH_ROWS = 64
 
 
@@ -56,8 +56,8 @@ def _require_reconstructible(model: Network, memory: Memory) -> None:
     model.require_compressor()
     if memory.reader.role != "decoder" or memory.kv.heads is not None:
         raise InputError(
-            f"a memory of method {memory.method.name!r} cannot be reconstructed: only nugget2d is trained to give its "
-            "text back; compress with method='nugget2d', or generate and score from this one"
+            f"a memory of method {memory.method.name!r} cannot be reconstructed: only nugget2d is trained to "
+            "reconstruct text; compress with method='nugget2d', or generate and score from this one"
         )
 
 
@@ -85,7 +85,7 @@ def _verified(memory: Memory, parts: list[str]) -> list[str]:
 
 
 def _replay(model: Network, rows: Sequence[SegmentRef]) -> list[list[int]]:
-    """Greedy decoding of one segment a row; where the row has a patch, its token goes instead of the guess."""
+    """Greedy decoding of one segment a row; a token of the row's patch replaces the predicted one."""
     lengths = [memory.segments[number].num_tokens for memory, number in rows]
     steps = max(lengths)
     forced = torch.full((len(rows), steps), -1, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Which token comes next: the likeliest, or one drawn."""
+"""Sampling: the next token from logits, greedy or random."""
 
 import os
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ GREEDY_BELOW = 1e-5
 
 @dataclass(eq=False)
 class Sampler:
-    """Draws the tokens of one answer, from a generator of its own: the same seed draws the same, whoever is beside it.
+    """Draws the tokens of one answer, from its own generator: a seed gives the same draws in any batch.
 
     Attributes:
         temperature: divides the logits; 0, or nearly, takes the likeliest token every time.
@@ -55,7 +55,7 @@ class Sampler:
             )
         if self.temperature < GREEDY_BELOW:
             return int(logits.argmax())
-        # 0 at the top: nothing overflows, and of infinite logits the largest are alike
+        # the maximum becomes 0: nothing overflows, and infinite logits are equally likely
         scaled = torch.where(logits == best, 0, logits - best) / self.temperature
         probabilities, order = scaled.softmax(-1), None
         if self.top_p < 1:

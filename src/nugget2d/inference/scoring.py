@@ -1,4 +1,4 @@
-"""Likelihood of a text after a memory: the one scoring function."""
+"""Scoring: the likelihood of a text after a memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from nugget2d.modeling.network import Network
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """How a target fares, token by token.
+    """The likelihood of a target, token by token.
 
     Attributes:
         losses: (t,) negative log-likelihoods in nats, float32. With nothing before it the first token, which nothing

@@ -7,7 +7,7 @@ from nugget2d.memory.memory import Memory
 from nugget2d.memory.payload import EmbeddingsPayload, TextPayload
 from nugget2d.modeling.cache import cached_states
 from nugget2d.modeling.network import Network
-from nugget2d.modeling.readout import final_norm, slot_layout
+from nugget2d.modeling.readout import final_norm, head_readout
 
 BATCH = 4096  # tokens of the vocabulary that are compared at once
 
@@ -15,41 +15,40 @@ BATCH = 4096  # tokens of the vocabulary that are compared at once
 @torch.no_grad()
 def decode_tokens(model: Network, memory: Memory) -> list[Tensor]:
     """The tokens of each segment, (m,) ids in no order: nearly all of them if the model was trained with the read-out
-    loss (`config.slots`), else those that were chosen as nuggets. A text payload is one part, its own tokens; so are
+    loss (`config.token_readout`), else those that were chosen as nuggets. A text payload is one part, its own tokens; so are
     embeddings, which tell none.
 
     Args:
         model: the one that made the memory.
-        memory: of any ratio; tokens further from their nugget than there are slots are missing.
+        memory: of any ratio; tokens further before their nugget than its heads reach are missing.
     """
     if isinstance(memory.payload, TextPayload):
         return [model.ids(memory.payload.text)[0].cpu()]
     if isinstance(memory.payload, EmbeddingsPayload):
         return [torch.zeros(0, dtype=torch.long)]
-    reads_all = model.config.slots and memory.reader.role == "decoder"
-    return (_slots if reads_all else _chosen)(model, memory)
+    reads_all = model.config.token_readout and memory.reader.role == "decoder"
+    return (_by_head if reads_all else _chosen)(model, memory)
 
 
-def _slots(model: Network, memory: Memory) -> list[Tensor]:
-    """What the slots (slots.py) between one nugget and the next say."""
-    layout, norm, head = slot_layout(model), final_norm(model.lm), model.lm.get_output_embeddings()
-    # values of layers without slots stay unread
-    values = {layer: memory.values[layer].restore().to(model.device, model.lm.dtype) for layer in layout.layers}
+def _by_head(model: Network, memory: Memory) -> list[Tensor]:
+    """The tokens between one nugget and the next, decoded from the value of each head (modeling/readout.py)."""
+    readout, norm, head = head_readout(model), final_norm(model.lm), model.lm.get_output_embeddings()
+    values = {layer: memory.values[layer].restore().to(model.device, model.lm.dtype) for layer in readout.layers}
     found = []
     for part in memory.segment_slices:
         gaps = torch.diff(memory.local_positions[part].long(), prepend=torch.tensor([-1])).to(model.device)
-        said = []
+        decoded = []
         for layer, mine in values.items():
-            inside = layout.distances(layer).to(model.device)[:, None] < gaps
-            said.append(head(norm(layout.written(layer, mine[:, part])[inside])).argmax(-1))
-        found.append(torch.cat(said).cpu())
+            inside = readout.distances(layer).to(model.device)[:, None] < gaps
+            decoded.append(head(norm(readout.written(layer, mine[:, part])[inside])).argmax(-1))
+        found.append(torch.cat(decoded).cpu())
     return found
 
 
 def _chosen(model: Network, memory: Memory) -> list[Tensor]:
     """The tokens whose first-layer values are nearest: those depend on the token alone (and on learned positions).
 
-    Where heads differ each tells the tokens that it keeps; those that only later layers keep are missing.
+    Where heads keep different tokens each is decoded by itself; tokens that only later layers keep are missing.
     """
     payload, prefix = memory.kv, len(memory.kv.prefix_ids)
     trained = memory.reader.role == "decoder"

@@ -1,4 +1,4 @@
-"""Looking into memories: which tokens became nuggets, with their scores, as a page, JSON or terminal colours."""
+"""Inspection of memories: which tokens became nuggets, with their scores, as HTML, JSON or terminal colours."""
 
 from nugget2d.inspection.marks import Inspection, Mark, Nugget, Run, inspect_memory, inspect_text, to_json
 from nugget2d.inspection.page import to_html

@@ -1,4 +1,4 @@
-"""What a machine and a model can do, and what is missing: the findings behind `nugget2d doctor`."""
+"""Checks of a machine and a model for `nugget2d doctor`."""
 
 import os
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from nugget2d.modeling.compatibility import as_cache
 from nugget2d.modeling.precision import has_fast_bfloat16
 
 RATIOS = (10, 20)
-# What reading nuggets may differ from one masked pass, relative to the largest logit: rounding of float32.
+# How much reading nuggets may differ from one masked pass, relative to the largest logit: rounding of float32.
 _TOLERANCE = 1e-3
 _PLAIN = "a plain LM: compresses by training-free methods; `nugget2d train` makes a compressor for it"
 
@@ -29,9 +29,9 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        name: what was looked at.
-        value: what was found.
-        remedy: what to do about it; None when nothing has to be done.
+        name: what was checked.
+        value: the result.
+        remedy: what to do about it; None if nothing.
         fatal: the model cannot be used.
     """
 
@@ -65,11 +65,11 @@ class Report:
 
 
 def examine(name: str, tokens: Sequence[int]) -> Report:
-    """Look at this machine and at a model; a model that cannot be used is a finding, not an error.
+    """Check this machine and a model; a model that cannot be used is a finding, not an error.
 
     Args:
         name: as for `Nugget2D.from_pretrained`.
-        tokens: lengths of contexts whose memory is of interest.
+        tokens: lengths of contexts whose bytes are reported.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -82,8 +82,10 @@ def examine(name: str, tokens: Sequence[int]) -> Report:
 
 
 def reading_error(model: Nugget2D) -> float:
-    """How far reading a few nuggets is from one pass in which all other tokens are hidden, relative to the largest
-    logit: zero but for rounding, if the model's attention, positions and cache work as nuggets need them to."""
+    """The difference between reading a few nuggets and one pass in which all other tokens are masked.
+
+    Relative to the largest logit: zero but for rounding, if attention, positions and cache support nuggets.
+    """
     count = min(32, model.config.window // 2)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.lm.config.vocab_size, (1, count + count // 2), generator=generator).to(model.device)
@@ -127,37 +129,36 @@ def _model_findings(model: Nugget2D) -> tuple[Finding, ...]:
 
 
 def _reading(model: Nugget2D) -> Finding:
-    """Whether nuggets are to this model what the tokens are; NaN is not."""
+    """Whether reading nuggets equals reading the tokens; NaN does not."""
     error = reading_error(model)
     if error < _TOLERANCE:
         return Finding("reads nuggets exactly", "yes")
-    reason = "its attention goes by cache slot, or its weights are damaged: use another model"
+    reason = "its attention depends on cache indices, or its weights are damaged: use another model"
     return Finding("reads nuggets exactly", f"no: off by {error:.0e} of the largest logit", reason, fatal=True)
 
 
 def _joining(model: Nugget2D) -> Finding:
-    """Whether a text of several segments can be gone on from."""
+    """Whether a text of several segments can be continued."""
     try:
         _ = model.rotation
     except ModelError:
         return Finding(
             "joining segments",
             "to reconstruct only: learned positions cannot be moved",
-            f"go on from texts of up to {model.config.window:,} tokens",
+            f"continue texts of up to {model.config.window:,} tokens",
         )
     return Finding("joining segments", "yes")
 
 
 def _positions(model: Nugget2D) -> Finding:
-    if model.reach is None:
-        return Finding("positions", "no end")
-    return Finding(
-        "positions", f"{model.reach:,}", f"memory, prompt and answer together: at most {model.reach:,} tokens"
-    )
+    limit = model.max_positions
+    if limit is None:
+        return Finding("positions", "no limit")
+    return Finding("positions", f"{limit:,}", f"memory, prompt and answer together: at most {limit:,} tokens")
 
 
 def _sizes(model: Nugget2D, tokens: Sequence[int]) -> list[Size]:
-    """Measured on the cache of one token: every token takes the same."""
+    """Measured on the cache of one token, as all tokens take the same."""
     with torch.no_grad():
         keys, values = cached_states(model.encoder_states(model.embed(model.ids("nugget")[:, :1])))
     kept: tuple[StoreDtype, ...] = (native_dtype(model), "int8")

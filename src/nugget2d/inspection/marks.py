@@ -1,7 +1,7 @@
-"""A text cut into runs: stretches between nuggets, and the tokens that became nuggets.
+"""A text divided into runs: stretches between nuggets, and the tokens that became nuggets.
 
-With the text at hand (or in an exact memory) the runs are the source's own. An ordinary memory does not hold its
-text: then they are cut from what the model reconstructs, nugget by nugget at its place in the token sequence.
+With the source text (given, or in an exact memory) the runs are parts of it. An ordinary memory does not hold its
+text: then they are parts of what the model reconstructs, with each nugget at its index in the token sequence.
 """
 
 import json
@@ -27,7 +27,7 @@ class Nugget:
     Attributes:
         position: its index in the whole token sequence.
         span: characters [start, end) of it in the source text.
-        score: what the scorer gives it, or, of methods without one, the share of heads that keep it.
+        score: its scorer's value, or, of methods without a scorer, the share of heads that keep it.
         rank: 1 for the highest score of the memory.
         level: shade, 1 (lowest fifth of the scores) to `LEVELS`.
     """
@@ -55,7 +55,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Run:
-    """A piece of the text that is shown; `mark` is None between nuggets."""
+    """A part of the text that is shown; `mark` is None between nuggets."""
 
     text: str
     mark: Mark | None = None
@@ -63,9 +63,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A text, its nuggets and the figures of its memory.
+    """A text, its nuggets and the metrics of its memory.
 
-    `reconstructed` if the text is the model's own guess; `accuracy` is the memory's measured one, if it has one.
+    `reconstructed` tells whether the text is a reconstruction; `accuracy` is the measured one of the memory, if any.
     """
 
     text: str
@@ -121,13 +121,13 @@ def inspect_memory(
 
 
 def to_json(inspection: Inspection) -> str:
-    """The figures, and the runs in order (`nuggets` is empty between nuggets), as one JSON object and a newline."""
-    figures = {name: value for name, value in vars(inspection).items() if name not in ("text", "marks")}
+    """The metrics, and the runs in order (`nuggets` is empty between nuggets), as one JSON object and a newline."""
+    metrics = {name: value for name, value in vars(inspection).items() if name not in ("text", "marks")}
     runs = [
         {"text": run.text, "nuggets": [asdict(nugget) for nugget in run.mark.nuggets] if run.mark else []}
         for run in inspection.runs
     ]
-    return json.dumps({**figures, "runs": runs}, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps({**metrics, "runs": runs}, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @torch.no_grad()

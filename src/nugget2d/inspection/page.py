@@ -1,4 +1,4 @@
-"""An inspection as one HTML page that needs no other file and runs no script."""
+"""An inspection as one self-contained HTML page without scripts."""
 
 from html import escape
 from importlib import resources
@@ -9,11 +9,11 @@ from nugget2d.inspection.visible import visible
 
 
 def to_html(inspection: Inspection) -> str:
-    """The page: figures, legend, the text with its nuggets (details on hover), and a table of all of them."""
+    """The page: metrics, legend, the text with its nuggets (details on hover), and a table of all of them."""
     template = Template((resources.files("nugget2d") / "inspection" / "page.html").read_text(encoding="utf-8"))
     return template.substitute(
         model=escape(inspection.model),
-        figures="".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _figures(inspection)),
+        metrics="".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _metrics(inspection)),
         note=_note(inspection),
         legend=_legend(),
         text="".join(map(_run, inspection.runs)),
@@ -21,7 +21,7 @@ def to_html(inspection: Inspection) -> str:
     )
 
 
-def _figures(inspection: Inspection) -> list[tuple[str, str]]:
+def _metrics(inspection: Inspection) -> list[tuple[str, str]]:
     accuracy = [] if inspection.accuracy is None else [("Measured accuracy", f"{inspection.accuracy:.4f}")]
     return [
         ("Tokens", f"{inspection.num_tokens:,}"),

@@ -11,9 +11,9 @@ _STYLES = [f"black on {colour}" for colour in ("#fff3cd", "#ffe08a", "#ffc94a", 
 
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
-    """Print figures, a legend and the text with its nuggets; without colours they stand between ⟦ and ⟧."""
+    """Print metrics, a legend and the text with its nuggets; without colours they stand between ⟦ and ⟧."""
     coloured = console.color_system is not None
-    console.print(_figures(inspection), soft_wrap=True)
+    console.print(_metrics(inspection), soft_wrap=True)
     console.print(_legend(coloured), soft_wrap=True)
     body = Text()
     for run in inspection.runs:
@@ -28,7 +28,7 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
     console.print(body, soft_wrap=True)
 
 
-def _figures(inspection: Inspection) -> Text:
+def _metrics(inspection: Inspection) -> Text:
     return Text(
         f"{inspection.num_tokens:,} tokens, {inspection.num_nuggets:,} nuggets, ratio {inspection.ratio:.2f}, "
         f"{inspection.nbytes:,} of {inspection.full_nbytes:,} bytes, model {inspection.model}"

@@ -1,1 +1,1 @@
-"""Ways into nugget2d from other libraries; none of them knows of it before its `register` is called."""
+"""Integrations with transformers and lm-evaluation-harness; each is active after its `register` is called."""

@@ -1,11 +1,11 @@
-"""lm-evaluation-harness scores a Nugget2D by what it reads: the whole context, a memory of it, or nothing.
+"""A model for lm-evaluation-harness that reads contexts in full, as memories, or not at all.
 
     from nugget2d.integrations.lm_eval import NuggetLM
 
     lm_eval.simple_evaluate(model=NuggetLM("nano", context="memory", ratio=10), tasks=["recall"], task_manager=...)
 
-The harness hands over context and question as one string. It is divided before the last `separator`: what stands before
-is the context, the rest is the prompt and always read in full.
+The harness passes context and question as one string. It is split before the last `separator`: the first part is the
+context, the rest is the prompt, which is always read in full.
 """
 
 from typing import Any, Literal, cast
@@ -32,7 +32,7 @@ def register() -> None:
 
 
 class NuggetLM(LM):
-    """A Nugget2D as the harness wants its models."""
+    """A Nugget2D with the interface of the harness."""
 
     def __init__(
         self,
@@ -45,11 +45,11 @@ class NuggetLM(LM):
         batch_size: object = None,
         max_batch_size: object = None,
     ) -> None:
-        """Load a model, or take one that is there.
+        """Load a model, or wrap a loaded one.
 
         Args:
             pretrained: bundled name, folder, hub id, or the model itself.
-            context: "full" reads contexts by the plain LM, "memory" as nuggets, "none" leaves them out.
+            context: "full" reads contexts with the plain LM, "memory" as memories, "none" leaves them out.
             method: how contexts are compressed; None takes the model's default.
             ratio: tokens for each nugget; None takes the method's default.
             separator: begins the prompt.
@@ -81,9 +81,9 @@ class NuggetLM(LM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Log-probability in nats of whole texts, in pieces of at most `config.window` tokens.
+        """Log-probability in nats of whole texts, in segments of at most `config.window` tokens.
 
-        Each piece is predicted from what the mode shows of all before it; the first by the plain LM.
+        Each segment is predicted from the text before it, read as the mode says; the first by the plain LM.
         """
         return [self._rolling(request.args[0]) for request in requests]
 
@@ -102,7 +102,7 @@ class NuggetLM(LM):
         return texts
 
     def _read(self, text: str) -> tuple[Memory | None, str]:
-        """What is read of a context as memory, and what as text."""
+        """The memory, and the text that is read after it."""
         place = text.rfind(self.separator)
         context, prompt = (text[:place], text[place:]) if place >= 0 else (text, "")
         if self.mode == "full":
@@ -112,7 +112,7 @@ class NuggetLM(LM):
         return (self._compress(context) if context else None), prompt
 
     def _compress(self, context: str) -> Memory:
-        # the choices of a question come with the same context, one after the other
+        # consecutive requests, the choices of a question, have the same context
         if context not in self._memories:
             self._memories = {context: self.model.compress(context, **self.how)}
         return self._memories[context]
@@ -120,15 +120,15 @@ class NuggetLM(LM):
     def _score(self, memory: Memory | None, prompt: str, continuation: str) -> tuple[float, bool]:
         before = self.model.ids_after(prompt) if memory is not None else self.model.ids(prompt)
         if memory is None and not prompt and self.model.start_token is None:
-            raise InputError("the tokenizer has no start token, so nothing can stand before an empty context")
+            raise InputError("the tokenizer has no start token, so an empty context cannot be scored")
         found = score_ids(self.model, memory, before, self.model.ids_after(continuation))
         return -float(found.losses.sum()), found.greedy
 
     def _rolling(self, text: str) -> float:
         total, before = 0.0, ""
-        for piece in split(self.model.tokenizer, text, self.model.config.window):
+        for segment in split(self.model.tokenizer, text, self.model.config.window):
             shown = "" if self.mode == "none" else before
             memory = self.model.compress(shown, **self.how) if shown and self.mode == "memory" else None
-            total += self._score(memory, "" if memory is not None else shown, piece.text)[0]
-            before += piece.text
+            total += self._score(memory, "" if memory is not None else shown, segment.text)[0]
+            before += segment.text
         return total

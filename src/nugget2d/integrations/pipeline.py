@@ -1,4 +1,4 @@
-"""The pipeline "compressed-text-generation": contexts become memories, prompts are gone on with after them."""
+"""The pipeline "compressed-text-generation": compresses contexts and continues prompts after their memories."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -15,7 +15,7 @@ COMPRESSING = ("method", "ratio", "nuggets", "nbytes", "selection", "dtype")
 
 
 class CompressedTextGeneration(Pipeline):
-    """Goes on from contexts that it compresses, all of a call in one batch.
+    """Compresses contexts, all of a call together, and continues prompts after them.
 
         pipe({"context": book, "prompt": "In the end"}, ratio=10, max_new_tokens=32)  # [{"generated_text": "..."}]
 
@@ -31,7 +31,7 @@ class CompressedTextGeneration(Pipeline):
     _load_video_processor: Any = False
 
     def __call__(self, inputs: Any, *_: Any, **parameters: Any) -> Any:
-        """Compress the contexts, go on from each.
+        """Compress the contexts and continue each.
 
         Raises:
             InputError: no context, an empty one, or an impossible option.

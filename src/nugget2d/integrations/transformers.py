@@ -1,4 +1,4 @@
-"""transformers loads saved model folders, and has a pipeline for them, once `register` was called.
+"""Support in transformers for saved model folders and a pipeline, after a call of `register`.
 
 from nugget2d.integrations.transformers import register
 
@@ -23,13 +23,13 @@ LOADING = {"base", "device", "device_map", "dtype", "quantization_config"}
 
 
 class Nugget2DConfig(PreTrainedConfig):
-    """What `AutoConfig` makes of a folder's config.json; all choices are in its nugget2d.json."""
+    """The `AutoConfig` of a folder's config.json; the configuration itself is in its nugget2d.json."""
 
     model_type = MODEL_TYPE
 
 
 class Nugget2DLoader:
-    """What `AutoModel` calls with a folder of that configuration."""
+    """The loader that `AutoModel` calls for a folder of that configuration."""
 
     config_class = Nugget2DConfig
 
@@ -47,7 +47,7 @@ class Nugget2DLoader:
     ) -> Nugget2D:
         """A Nugget2D from a folder or hub id; `options` are those of `Nugget2D.from_pretrained`.
 
-        `config` and `adapter_kwargs` are what transformers found out on its way; neither is needed.
+        `config` and `adapter_kwargs` are passed by transformers and not used.
 
         Raises:
             InputError: an option that is none of them.
@@ -65,7 +65,7 @@ class Nugget2DLoader:
 
 
 def register() -> None:
-    """Make nugget2d known to `AutoConfig`, `AutoModel` and `pipeline`; again does no harm."""
+    """Register nugget2d with `AutoConfig`, `AutoModel` and `pipeline`; repeated calls have no effect."""
     AutoConfig.register(Nugget2DConfig.model_type, Nugget2DConfig, exist_ok=True)
     AutoModel.register(Nugget2DConfig, Nugget2DLoader, exist_ok=True)
     if TASK not in PIPELINE_REGISTRY.get_supported_tasks():

@@ -1,1 +1,1 @@
-"""What a context becomes: payload, provenance, file."""
+"""Memories: payload, provenance, file format."""

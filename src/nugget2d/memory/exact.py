@@ -1,10 +1,10 @@
-"""Exact mode: what must be stored beside the nuggets so that the very same string comes back.
+"""Exact mode: what is stored beside the nuggets so that reconstruction returns the identical string.
 
 Greedy decoding from nuggets misses some tokens. One teacher-forced pass finds where; the record keeps those tokens
 (the patch), a digest of every segment, and a lossless copy. Replay decodes greedily, takes the patch's token where
 there is one, and is checked against the digest. A teacher-forced pass and a step-by-step one round differently, so
-tokens whose lead over the runner-up is tiny are patched too (a near tie); if a segment still does not verify, its
-text is taken from the copy, and the caller is told.
+tokens with a tiny margin over the second-best are patched too (a near tie). If a segment still does not verify, its
+text is taken from the copy, with a warning.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
-"""The file of a memory: one safetensors file (no pickle) with a JSON header and a checksum over everything.
+"""The file format of a memory: one safetensors file (no pickle) with a JSON header and a checksum over all of it.
 
-Version 2 has a payload of any kind, its method and how it is read. Version 1 knew KV payloads of one token set, made by
-nugget2d; such files are still read.
+Version 2 stores a payload of any kind, its method and how it is read. Version 1, which is still read, stored only KV
+payloads of one token set, made by nugget2d.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ def unpack(tensors: dict[str, Tensor], header: dict[str, Any]) -> dict[str, Any]
     """The fields of a memory from what `pack` gave, or from a file of version 1.
 
     Raises:
-        ValueError, KeyError, TypeError: the header is not what a checksum has vouched for.
+        ValueError, KeyError, TypeError: the header is invalid, which a checksum rules out.
     """
     header = header if "kind" in header else _from_version_1(tensors, header)
     segments = [Segment(*row) for row in header["segments"]]
@@ -109,7 +109,7 @@ def to_bytes(tensors: Mapping[str, Tensor], header: str) -> bytes:
 
 
 def from_bytes(data: bytes, source: Path | str) -> dict[str, Any]:
-    """The fields of a memory from the bytes of its file; `source` is what errors call it.
+    """The fields of a memory from the bytes of its file; `source` is its name in errors.
 
     Raises:
         MemoryFileError: not a memory, of a newer format, truncated or damaged.
@@ -131,7 +131,9 @@ def map_file(path: Path | str, *, verify: bool) -> dict[str, Any]:
     try:
         with Path(path).open("rb") as file:
             length = file.read(8)
-            header = min(int.from_bytes(length, "little"), Path(path).stat().st_size)  # damaged, it may be anything
+            header = min(
+                int.from_bytes(length, "little"), Path(path).stat().st_size
+            )  # of a damaged file it may be any number
             metadata = _metadata(length + file.read(header), path)
         with safe_open(path, "pt") as tensors:
             named = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
@@ -159,7 +161,7 @@ def _checked(
         raise MemoryFileError(_damaged(source))
     try:
         return unpack(tensors, json.loads(metadata["header"]))
-    except (ValueError, KeyError, TypeError) as error:  # what only an unverified header can hold
+    except (ValueError, KeyError, TypeError) as error:  # possible only in a header that was not verified
         raise MemoryFileError(_damaged(source)) from error
 
 

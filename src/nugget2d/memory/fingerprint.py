@@ -1,4 +1,4 @@
-"""Who can read a memory: the base LM's weights and the tokenizer, as digests."""
+"""`Fingerprint`: digests of the base LM's weights and the tokenizer that can read a memory."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,12 @@ SCHEME = 2
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Digests, in hexadecimal digits, of what a reader must have; and the model's name for messages.
+    """Hexadecimal digests of what a reader must have, and the model's name.
 
     Attributes:
-        name: how messages call the model that made the memory.
-        model: of the weights of the base LM. Adapters and methods are recorded apart (`ReaderSpec`, `MethodRecord`).
+        name: of the model that made the memory, for messages.
+        model: of the weights of the base LM. Adapters and methods have records of their own (`ReaderSpec`,
+            `MethodRecord`).
         tokenizer: of the tokenizer.
         scheme: what `model` was computed over, see `SCHEME`.
     """

@@ -1,4 +1,4 @@
-"""The KV payload: keys and values of chosen tokens, the same tokens for all heads or other ones for each."""
+"""The KV payload: keys and values of selected tokens, the same tokens for all heads or different ones per head."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,20 +31,21 @@ class HeadSelection:
 class KVPayload:
     """Keys and values of p prefix tokens and of the tokens that were kept of the context.
 
-    Provenance is a table of u tokens: those that at least one head keeps. If all heads keep the same ones, as methods
-    with one token set do, they are just the table (`heads` is None); else `heads` says which rows are whose.
+    Provenance is a table of the u tokens that at least one head keeps. If all heads keep the same tokens, `heads` is
+    None; else it has the rows of the table that each head keeps.
 
     Attributes:
-        keys: per layer, rotated at prefix + segment-local positions. Of heads that agree `States` (kv_heads, p + u,
-            head_dim); else (N, head_dim), head after head, each its prefix first: nothing is padded.
+        keys: per layer, rotated at prefix + segment-local positions. With one token set for all heads `States`
+            (kv_heads, p + u, head_dim); else (N, head_dim), head after head, each with its prefix first, without
+            padding.
         values: the same for the values.
         local_positions: (u,) int32, index of each token within its segment.
         token_spans: (u, 2) int32, character offsets [start, end) of each token in the whole text.
-        scores: (u,) float32, of each token: what the scorer gave it, or the share of heads that keep it.
+        scores: (u,) float32, of each token: its scorer's value, or the share of heads that keep it.
         heads: which head keeps which token; None if all keep all.
         prefix_ids: tokens before the context (start token, chat template) that every head keeps.
-        last_id: the last token of the context, which every head keeps, where nothing but it can predict what follows: a
-            reader leaves its states out and reads it again. None where a soft prompt follows.
+        last_id: the last token of the context, kept by every head, where no soft prompt follows: a reader drops its
+            states and reads it again, for the logits after it. None where a soft prompt follows.
     """
 
     kind: ClassVar[Kind] = "kv"
@@ -107,18 +108,18 @@ class KVPayload:
         return list(self.heads.rows[layer].long().split(self.heads.counts.sum(0)[layer].tolist()))
 
     def to(self, dtype: StoreDtype) -> "KVPayload":
-        """The same with its states kept as `dtype`; int8 has one scale per token and head."""
+        """The same with its states stored as `dtype`; int8 has one scale per token and head."""
         return self.with_states(
             [States.store(states.restore(), dtype) for states in self.keys],
             [States.store(states.restore(), dtype) for states in self.values],
         )
 
     def with_states(self, keys: Sequence[States], values: Sequence[States]) -> "KVPayload":
-        """Other states of the same tokens."""
+        """The same tokens with these states."""
         return replace(self, keys=tuple(keys), values=tuple(values))
 
     def pick(self, tokens: slice | Tensor, *, chars: int = 0) -> "KVPayload":
-        """Some rows of the table alone, their spans moved by `chars` characters.
+        """Only some rows of the table, their spans moved by `chars` characters.
 
         Raises:
             InputError: heads keep different tokens.
@@ -169,14 +170,14 @@ class KVPayload:
 
 
 def join_kv(payloads: Sequence[KVPayload], chars: Sequence[int]) -> KVPayload:
-    """One payload of consecutive texts, states untouched; of equal prefixes the first stays.
+    """One payload of consecutive texts, with unchanged states; of the equal prefixes the first is kept.
 
     Args:
         payloads: of texts that follow each other.
         chars: where each text begins in the whole, in characters.
 
     Raises:
-        InputError: kept as different dtypes, other prefixes, or heads that agree in some and differ in others.
+        InputError: different dtypes or prefixes, or one token set in some and tokens per head in others.
     """
     first = payloads[0]
     for payload in payloads[1:]:

@@ -1,12 +1,11 @@
-"""`Memory`: what a context became.
+"""`Memory`: a compressed context.
 
-A memory holds a payload (keys and values, a text, or embeddings), where its parts came from, which model reads it and
-how, and the method that made it. Keys stay rotated at the positions that their own SEGMENT gave them (prefix + 0 ..
-segment length - 1); whoever reads a memory rotates them to where the segment stands in the whole text
-(modeling/cache.py). So joining is concatenation: nothing is recomputed, nothing loses precision, int8 included.
+A memory holds a payload (keys and values, a text, or embeddings), where its parts come from, which model reads it and
+how, and the method that made it. Keys are rotated at positions within their SEGMENT (prefix + 0 .. segment length - 1);
+reading rotates them to the position of the segment in the whole text (modeling/cache.py). So joining memories is
+concatenation: nothing is recomputed or loses precision, int8 included.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from nugget2d.deprecation import RenamedAttribute
 from nugget2d.errors import InputError, MemoryFileError, MismatchError
 from nugget2d.files import atomic_write
 from nugget2d.memory import file
@@ -32,13 +32,13 @@ __all__ = ["Fingerprint", "Memory", "MethodRecord", "ReaderSpec", "Segment"]
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """What stands for n tokens of text.
+    """A compressed text of n tokens.
 
     Attributes:
-        payload: what is read.
+        payload: what the model reads.
         segments: the stretches that were compressed, in text order.
         fingerprint: the base LM and tokenizer that can read this.
-        reader: with which weights, and whether a soft prompt follows.
+        reader: the weights to read with, and whether a soft prompt follows.
         method: what made it.
         token_nbytes: bytes of one token in the model's ordinary KV cache, for `full_nbytes`.
         exact: the patch and lossless copy of `compress(..., exact=True)`, else None.
@@ -69,7 +69,7 @@ class Memory:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the text that this memory stands for (n)."""
+        """Tokens of the text (n)."""
         return sum(segment.num_tokens for segment in self.segments)
 
     @property
@@ -79,7 +79,7 @@ class Memory:
 
     @property
     def num_chars(self) -> int:
-        """Characters of the text that this memory stands for."""
+        """Characters of the text."""
         return self.segments[-1].end if self.segments else 0
 
     @property
@@ -97,11 +97,7 @@ class Memory:
             hits += segment.accuracy * segment.num_tokens
         return hits / max(self.num_tokens, 1)
 
-    @property
-    def quality(self) -> float | None:
-        """The old name of `accuracy`, for one release."""
-        warnings.warn("Memory.quality is now Memory.accuracy", DeprecationWarning, stacklevel=2)
-        return self.accuracy
+    quality = RenamedAttribute("accuracy")
 
     @property
     def dtype(self) -> StoreDtype:
@@ -282,7 +278,7 @@ class Memory:
 
     @property
     def checksum(self) -> str:
-        """32 hexadecimal digits of everything in this memory. Its files may differ: safetensors shuffle metadata."""
+        """32 hexadecimal digits over all of the memory. Files may differ: safetensors do not order metadata."""
         return file.checksum(*self._packed())
 
     def to_bytes(self) -> bytes:
@@ -304,7 +300,7 @@ class Memory:
 
     @staticmethod
     def from_bytes(data: bytes, source: Path | str) -> "Memory":
-        """The memory that `to_bytes` made `data` of; `source` is what errors call it.
+        """The memory that `to_bytes` made `data` of; `source` is its name in errors.
 
         Raises:
             MemoryFileError: not a memory, of a newer format, truncated or damaged.
@@ -315,8 +311,8 @@ class Memory:
     def map(path: Path | str, *, verify: bool = True) -> "Memory":
         """The same as `load`, but the tensors stay in the file and are paged in as they are touched.
 
-        Only for files that nobody changes in place: one that is cut short while it is mapped ends the process. What
-        is written to the tensors stays private.
+        Only for files that are not changed in place: truncating a mapped file ends the process. Writes to the tensors
+        do not reach the file.
 
         Args:
             path: of a file written by `save`.

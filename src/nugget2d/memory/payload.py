@@ -1,4 +1,4 @@
-"""Payloads that are read as text or as input embeddings, and what all payloads have in common."""
+"""Payloads that are read as text or as input embeddings, and the protocol of all payloads."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
@@ -12,7 +12,7 @@ Kind = Literal["kv", "text", "embeddings"]
 
 
 class Payload(Protocol):
-    """What a context became."""
+    """The compressed content of a memory."""
 
     kind: ClassVar[Kind]
 
@@ -40,7 +40,7 @@ class Payload(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class TextPayload:
-    """A text that stands for a longer one.
+    """A shorter text in place of a longer one.
 
     Attributes:
         text: what is read.
@@ -61,11 +61,11 @@ class TextPayload:
 
     @property
     def dtype(self) -> StoreDtype:
-        """There are no numbers: as good as any."""
+        """A text has no numbers; the default."""
         return "float32"
 
     def to(self, dtype: StoreDtype) -> "TextPayload":
-        """Itself: nothing is rounded."""
+        """Itself: a text is not rounded."""
         return self
 
     def tensors(self) -> dict[str, Tensor]:

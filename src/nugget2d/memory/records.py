@@ -1,4 +1,4 @@
-"""What a memory says of itself besides its payload: segments, how it is read, which method made it."""
+"""Metadata of a memory: its segments, how it is read, and the method that made it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ class Segment:
 
     `start` and `end` are character offsets into the whole text; of its `num_tokens` tokens `num_nuggets` were kept (by
     at least one head). `accuracy` is the share of its tokens that the model was measured to predict right from the
-    states as they are kept, given the true tokens before (no patch); None if nobody measured.
+    states as they are kept, given the true tokens before (no patch); None if it was not measured.
     """
 
     start: int
@@ -23,12 +23,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class ReaderSpec:
-    """With what a memory has to be read.
+    """How a memory is read.
 
     Attributes:
         role: the weights: "base" is the LM as it is, "decoder" the decoder adapter.
-        soft_prompt: whether the soft prompt "continue" stands behind the memory.
-        adapters: digest of decoder adapter and soft prompts; None where the base alone reads (and in version 1).
+        soft_prompt: whether the soft prompt "continue" is read after the memory.
+        adapters: digest of decoder adapter and soft prompts; None where the base reads (and in version 1).
     """
 
     role: Literal["base", "decoder"] = "base"

@@ -1,4 +1,4 @@
-"""Numbers of one layer, kept as float32, bfloat16 or int8 with a scale for each row of head_dim."""
+"""Tensors of one layer, stored as float32, bfloat16 or int8 with a scale for each row of head_dim."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class States:
         """Keep float `values` (..., k, head_dim) as `dtype`.
 
         int8 is symmetric: scale = max |value| / 127 over head_dim, rounded to float16 BEFORE the division so that
-        the error of a number is at most half a step of the scale that is stored.
+        the error of a number is at most half a step of the stored scale.
 
         Raises:
             InputError: an unknown dtype.

@@ -1,1 +1,1 @@
-"""Ways to compress a context; the registry names them."""
+"""Compression methods, and their registry."""

@@ -1,4 +1,4 @@
-"""What a method is: a frozen configuration that turns texts into memories within a budget."""
+"""`Method`: a frozen configuration that compresses texts into memories within a budget."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
@@ -17,17 +17,17 @@ Progress = Callable[[int, int], None]  # (done, in all)
 
 
 class Method(Frozen, ABC):
-    """A way to compress; its fields are its configuration, which every memory that it makes records.
+    """A compression method; its fields are its configuration, which its memories record.
 
     A new method is one file with a subclass, and one row in registry.py.
 
     Attributes:
-        name: how the registry, memories and users call it.
-        payload: what its memories hold.
-        needs_training: whether it needs weights trained for it.
-        query_agnostic: whether a memory serves any later question; else it needs the question when it compresses.
+        name: in the registry and in memories.
+        payload: the kind of its memories.
+        needs_training: whether it needs trained weights.
+        query_agnostic: whether a memory is independent of later questions; else the question is needed to compress.
         source: the paper or system that it is from.
-        default_ratio: tokens for each token kept, where nobody says.
+        default_ratio: tokens for each token kept, without a budget.
     """
 
     name: ClassVar[str]
@@ -44,9 +44,9 @@ class Method(Frozen, ABC):
         """A memory of each text.
 
         Args:
-            model: who reads them later.
+            model: will read them.
             texts: none of them empty.
-            budget: of each text; None takes `default_ratio`, or what else the configuration says.
+            budget: of each text; None takes `default_ratio`, or what the configuration determines.
             on_progress: called with (parts done, parts in all).
 
         Raises:
@@ -55,25 +55,25 @@ class Method(Frozen, ABC):
         """
 
     def steps(self, model: Network, texts: Sequence[str], budget: Budget | None) -> Generator[int, None, list[Memory]]:
-        """The same in pieces of work, for a server that does other work in between; yields how many tokens are left.
+        """The same in steps, so that a server can do other work in between; yields how many tokens are left.
 
-        A method that cannot pause does all of it at once.
+        A method without steps compresses all texts at once.
         """
         yield from ()
         return self.compress(model, texts, budget)
 
     def bound(self: M, model: Network) -> M:
-        """The same with what was left open chosen as for this model; memories and stores go by what was chosen."""
+        """The same with options that were left open set for this model, as memories and stores record them."""
         return self
 
     @property
     def sets_budget(self) -> bool:
-        """Whether the configuration says how much is kept, so that no budget has to."""
+        """Whether the configuration determines how much is kept, so that no budget is given."""
         return False
 
     @property
     def record(self) -> MethodRecord:
-        """What its memories say of it."""
+        """The record for its memories."""
         return MethodRecord(self.name, self.model_dump(mode="json"))
 
 
@@ -81,7 +81,7 @@ class KVMethod(Method):
     """A method whose memories are keys and values.
 
     Attributes:
-        dtype: how states are kept; None takes the model's own precision.
+        dtype: how states are stored; None takes the model's own precision.
     """
 
     dtype: StoreDtype | None = None
@@ -92,5 +92,5 @@ class KVMethod(Method):
 
 
 def native_dtype(model: Network) -> StoreDtype:
-    """How states are kept when nobody asks for another dtype."""
+    """The default dtype for states of `model`."""
     return "bfloat16" if str(model.lm.dtype) == "torch.bfloat16" else "float32"

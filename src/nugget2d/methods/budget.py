@@ -8,7 +8,7 @@ from nugget2d.errors import InputError
 
 @dataclass(frozen=True)
 class Budget:
-    """Exactly one of three ways to say it; each text of a call gets the whole of it.
+    """Exactly one of ratio, nuggets and nbytes; it applies to each text of a call.
 
     Attributes:
         ratio: tokens of the text for each token kept (n / k), at least 1.
@@ -43,7 +43,7 @@ class Budget:
         Args:
             tokens: of the text (n).
             token_nbytes: bytes that a kept token takes, over all layers and heads.
-            fixed: tokens of the same size that are kept besides (a prefix); they count into `nbytes` alone.
+            fixed: tokens of the same size that are kept as well (a prefix); they count towards `nbytes` only.
 
         Raises:
             InputError: `nbytes` does not hold a single token.

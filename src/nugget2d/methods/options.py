@@ -1,6 +1,5 @@
-"""`CompressOptions`: how a text is compressed, as one record for Python, command line, store, indexing and server."""
+"""`CompressOptions`: how to compress a text, as one record for Python API, command line, store, indexing and server."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from pydantic import model_validator
 
 from nugget2d.config import Frozen
+from nugget2d.deprecation import renamed_keywords
 from nugget2d.errors import InputError
 from nugget2d.memory.memory import Memory
 from nugget2d.methods.base import Method
@@ -15,17 +15,18 @@ from nugget2d.methods.budget import Budget
 from nugget2d.methods.registry import DEFAULT, make_method
 from nugget2d.modeling.network import Network
 
-# keywords of earlier versions, which still work for one release
+# former names of options, in calls and in the records of earlier stores
 RENAMED = {"quality": "target_accuracy", "refine": "optimize_steps"}
 
 
 class CompressOptions(Frozen):
-    """A method with its configuration, and a budget; everything that was left out is filled in.
+    """A method, its configuration and a budget, with defaults filled in.
 
     Attributes:
         method: its name in the registry.
         config: its configuration.
-        ratio: see `Budget`; of the three at most one is given, none where the configuration says how much is kept.
+        ratio: see `Budget`; of the three at most one is given, none where the configuration determines how much is
+            kept.
         nuggets: see `Budget`.
         nbytes: see `Budget`.
     """
@@ -37,6 +38,7 @@ class CompressOptions(Frozen):
     nbytes: int | None = None
 
     @staticmethod
+    @renamed_keywords(**RENAMED)
     def of(
         model: Network,
         *,
@@ -46,13 +48,14 @@ class CompressOptions(Frozen):
         nbytes: int | None = None,
         **options: Any,
     ) -> "CompressOptions":
-        """The arguments of `Nugget2D.compress`; what was left out becomes what the model would take.
+        """From the arguments of `Nugget2D.compress`; what was left out gets the model's defaults.
 
         Raises:
             InputError: unknown method or option, a value that is out of range, more than one budget.
         """
         name = method or ("nugget2d" if model.has_compressor else DEFAULT)
-        chosen = make_method(name, _current(options)).bound(model)
+        given = {option: value for option, value in options.items() if value is not None}
+        chosen = make_method(name, given).bound(model)
         if (ratio, nuggets, nbytes) == (None, None, None):
             ratio = None if chosen.sets_budget else chosen.default_ratio
         how = CompressOptions(
@@ -74,10 +77,10 @@ class CompressOptions(Frozen):
     def compress(
         self, model: Network, texts: Sequence[str], on_progress: Callable[[int, int], None] | None = None
     ) -> list[Memory]:
-        """`texts` compressed so.
+        """Compress `texts`.
 
         Raises:
-            InputError, ModelError: see `Method.compress`; something that is no text.
+            InputError, ModelError: see `Method.compress`; a text that is not a string.
         """
         for number, text in enumerate(texts):
             if not isinstance(text, str):
@@ -87,17 +90,17 @@ class CompressOptions(Frozen):
     def address(self, text: str, model: Network) -> str:
         """Content address of the memory that `model` makes of `text`, in 32 hexadecimal digits.
 
-        All trained weights count for methods that were trained; others share addresses with any wrapper of the base.
+        For methods that need training it depends on all trained weights; for others on the base and tokenizer only.
         """
         base = model.fingerprint
-        # encoder and scorer make the memory too, not only what reads it
+        # the memory depends on encoder and scorer too
         compressor = model.legacy_fingerprint.model if self.make().needs_training else ""
         return digest("text", base.model, base.tokenizer, compressor, self.model_dump_json(), text)
 
     @model_validator(mode="before")
     @classmethod
     def _from_version_1(cls, data: Any) -> Any:
-        """Records of earlier stores knew nugget2d alone, by these keywords."""
+        """Records of earlier stores: always nugget2d, with the former names of its options."""
         if not isinstance(data, dict) or "refine" not in data:
             return data
         old = dict(data)
@@ -110,19 +113,5 @@ def digest(kind: str, *parts: str) -> str:
     made = blake2b(digest_size=16, person=kind.encode())
     for part in parts:
         data = part.encode("utf-8", "surrogatepass")
-        made.update(len(data).to_bytes(8, "little") + data)  # the length: no two lists of parts are one stream
+        made.update(len(data).to_bytes(8, "little") + data)  # the length makes the encoding unambiguous
     return made.hexdigest()
-
-
-def _current(options: dict[str, Any]) -> dict[str, Any]:
-    """Options under their current names; those that were not given (None) are left out."""
-    current = {}
-    for name, value in options.items():
-        if name in RENAMED:
-            warnings.warn(f"{name}= is now {RENAMED[name]}=", DeprecationWarning, stacklevel=4)
-            name = RENAMED[name]
-            if options.get(name) is not None:
-                raise InputError(f"{name} is given twice, under its old and its new name; leave out the old one")
-        if value is not None:
-            current[name] = value
-    return current

@@ -1,4 +1,4 @@
-"""The methods by name: one row each."""
+"""The registry: compression methods by name."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -15,7 +15,7 @@ METHODS: dict[str, "str | type[Method]"] = {
     "knorm": "nugget2d.methods.knorm:KNorm",
     "truncation": "nugget2d.methods.truncation:Truncation",
 }
-DEFAULT = "knorm"  # of LMs without a trained compressor
+DEFAULT = "knorm"  # for LMs without a trained compressor
 
 
 def method_class(name: str) -> "type[Method]":

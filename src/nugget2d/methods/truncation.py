@@ -9,10 +9,10 @@ from nugget2d.methods.whole_context import Context, Kept, WholeContextMethod
 
 
 class Truncation(WholeContextMethod):
-    """What everybody does without a compressor: a control.
+    """Keeps the start and the end of the context: the baseline without compression.
 
     Attributes:
-        sinks: first tokens, those of the prefix among them, that are kept: attention needs somewhere to rest.
+        sinks: first tokens, those of the prefix among them, that are kept as attention sinks.
     """
 
     name: ClassVar[str] = "truncation"

@@ -1,8 +1,8 @@
 """Methods that read the whole context in one prefill and keep some of its keys and values.
 
-A prefix stands before the context and is kept whole: the start token, or the chat template's tokens before a user's
-message. The last token of the context is always kept; readers read it again, because nothing else could predict what
-follows (`KVPayload.last_id`). At ratio 1 a memory is the full context, exactly.
+A prefix before the context is kept in full: the start token, or the chat template's tokens before a user's message. The
+last token of the context is always kept; readers read it again for the logits after it (`KVPayload.last_id`). At
+ratio 1 a memory is exactly the full context.
 """
 
 from abc import abstractmethod
@@ -26,12 +26,12 @@ from nugget2d.modeling.compatibility import as_cache
 from nugget2d.modeling.network import Network
 from nugget2d.text.segmentation import tokenize, tokenize_after_with_offsets
 
-PREFILL_TOKENS = 2048  # read at a time: what attention needs of memory grows with it
+PREFILL_TOKENS = 2048  # read at a time; the memory that attention needs grows with it
 
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What a method selects from, after the prefill; it may change states of tokens that it keeps, in place.
+    """The states after the prefill, to select from; a method may change the states of kept tokens in place.
 
     Attributes:
         model: the LM.
@@ -68,7 +68,7 @@ Kept = Tensor | Sequence[Sequence[Tensor]]
 
 
 class WholeContextMethod(KVMethod):
-    """Prefill, select, keep.
+    """Prefills the context, and keeps the tokens that `select` returns.
 
     Attributes:
         chat: keep the tokens that the chat template puts before a user's message as prefix, instead of the start token:
@@ -127,7 +127,7 @@ class WholeContextMethod(KVMethod):
 
 
 def prefill(model: Network, prefix: Sequence[int], ids: Sequence[int]) -> Context:
-    """Keys and values of every token, read by the base.
+    """Keys and values of every token, by the base.
 
     Raises:
         InputError: more tokens than the model was trained to read at once, or has positions for.
@@ -138,9 +138,9 @@ def prefill(model: Network, prefix: Sequence[int], ids: Sequence[int]) -> Contex
             f"the text has {len(ids):,} tokens, {model.config.name!r} was trained on contexts of "
             f"{model.config.context:,}, its start included; compress it in parts"
         )
-    model.require_positions(whole.shape[1], slots=whole.shape[1])
+    model.require_positions(whole.shape[1], states=whole.shape[1])
     config = model.lm.config.get_text_config(decoder=True)
-    # full layers, also for sliding windows, which hide nothing within the positions that were just checked
+    # full layers also for sliding windows, which mask nothing within the positions that were just checked
     cache = Cache(layers=[DynamicLayer() for _ in range(config.num_hidden_layers)])
     with model.parameters_by_role.role("base"):
         body = model.parameters_by_role.body
@@ -192,7 +192,7 @@ def _payload(context: Context, kept: Kept, dtype: StoreDtype, offsets: Sequence[
 
 
 def _with_last(rows: Tensor, length: int) -> Tensor:
-    """The last token is always kept: in the place of the last one that was chosen."""
+    """`rows` with the last token, in place of the last selected one if it is not among them."""
     if not len(rows) or rows[-1] != length - 1:
         rows = torch.cat([rows[:-1], rows.new_tensor([length - 1])])
     return rows

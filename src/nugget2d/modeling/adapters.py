@@ -1,4 +1,4 @@
-"""Adapters as peft keeps them: those of a compressor, one folder each, and those of others, which must be merged first.
+"""Adapters in peft's format: those of a compressor, one folder each; foreign ones are refused, as they must be merged.
 
 encoder/, decoder/     adapter_config.json and adapter_model.safetensors; `peft.PeftModel.from_pretrained` reads them
 """
@@ -27,12 +27,12 @@ _REMEDY = (
 
 
 def adapter_error(name: str | Path) -> ModelError:
-    """What refuses a folder or repository that holds an adapter of others: transformers would load its base."""
+    """The error for a folder or repository that holds a foreign adapter: transformers would load its base."""
     return ModelError(f"{str(name)!r} is a peft adapter ({ADAPTER_FILE}), not a whole model; {_REMEDY}")
 
 
 def refuse_adapted(lm: nn.Module) -> None:
-    """Refuse an LM that carries adapters already: which roles would compute with them is anyone's guess.
+    """Refuse an LM that has adapters already: it is undefined which roles would use them.
 
     Raises:
         ModelError: it does; the message names the remedy.

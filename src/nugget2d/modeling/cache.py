@@ -1,12 +1,12 @@
-"""Nuggets as a transformers KV cache: padding, masks, and where everything stands.
+"""Nuggets as a transformers KV cache: padding, masks and positions.
 
-Positions, the choice of this project:
+Positions:
 - A nugget keeps the position of its token. Within a segment that is 0 .. n-1; a memory of several segments is read
   with each segment's keys rotated to where the segment stands in the text (`KeyRotation`).
-- Reconstruction REWINDS: the input that predicts token t of a segment stands at position t, so a token meets the
-  nugget that carries it at a small, fixed relative distance. It learns faster than going on after the text
-  (research/LOG.md).
-- Continuation goes on at n, as if the text were there.
+- Reconstruction REWINDS: the input that predicts token t of a segment has position t, so that a token attends to the
+  nugget that carries it at a small, fixed relative distance. Training converges faster than with positions after the
+  text (research/LOG.md).
+- Continuation starts at position n, as if the text were in the cache.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class Nuggets:
         return self.keys[0].shape[2]
 
     def to_cache(self, config: PreTrainedConfig) -> DynamicCache:
-        """A fresh cache: forward passes append to it, so one is made for every reading."""
+        """A new cache: forward passes append to it, so every reading needs its own."""
         cache = DynamicCache(config=config)
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             cache.update(keys, values, layer)
@@ -51,13 +51,13 @@ class Nuggets:
 
 
 class AllCollected(Exception):
-    """The cache has the keys and values of the last layer that is wanted: nothing after that is of use."""
+    """The cache has the keys and values of the last layer that is needed: the rest of the pass is skipped."""
 
 
 class CollectingCache(DynamicCache):
-    """A cache for the encoder, whose pass ends with the last layer's keys and values.
+    """A cache for the encoder, whose pass ends with the keys and values of the last layer.
 
-    That layer's attention and feed-forward block would only feed a head that is not there. It ends by `AllCollected`.
+    Nothing uses that layer's attention and feed-forward block. The pass ends by raising `AllCollected`.
     """
 
     def __init__(self, config: PreTrainedConfig, layers: int | None = None) -> None:
@@ -81,7 +81,7 @@ def gather_nuggets(cache: DynamicCache, index: Tensor, valid: Tensor, bias: Tens
     rows = torch.arange(len(index), device=index.device)[:, None]
 
     def pick(states: Tensor) -> Tensor:
-        # indexing, not `gather`: that one keeps all of `states` for its backward pass
+        # indexing, not `gather`, which would keep all of `states` for its backward pass
         picked = states[rows, :, index].transpose(1, 2).contiguous()
         return picked if full else picked * valid[:, None, :, None].to(picked.dtype)
 
@@ -96,11 +96,11 @@ def cached_states(cache: Cache) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def reading_mask(nuggets: Nuggets, batch: int, queries: int, like: Tensor) -> Tensor | None:
-    """The attention mask of `queries` new tokens over [nuggets, new tokens]; None when nothing must be hidden.
+    """The attention mask of `queries` new tokens over [nuggets, new tokens]; None when nothing is masked.
 
     Without bias a 2D mask (B, K + queries) of ones and zeros. With bias a 4D ADDITIVE FLOAT mask
-    (B, 1, queries, K + queries): the one form through which a gradient reaches the scorer without touching any
-    model code, and the one that both sdpa and eager attention read right.
+    (B, 1, queries, K + queries): the form through which a gradient reaches the scorer without changes to model
+    code, and that both sdpa and eager attention apply correctly.
     """
     if nuggets.valid is None and nuggets.bias is None:
         return None

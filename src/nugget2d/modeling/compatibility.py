@@ -1,22 +1,22 @@
-"""Which language models can be wrapped, and how far their positions reach; the others are refused, with the reason."""
+"""Which language models are supported; the others are refused with the reason."""
 
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from nugget2d.config import NuggetConfig
 from nugget2d.errors import ModelError
 from nugget2d.modeling.adapters import refuse_adapted
+from nugget2d.modeling.positions import layer_types, position_table, sliding_window
 
 _LENGTH_DEPENDENT = {"dynamic", "longrope"}
 
 
 def check_supported(lm: PreTrainedModel, config: NuggetConfig) -> None:
-    """Refuse a model whose cache could not be cut down to chosen tokens, or that carries adapters of others.
+    """Refuse a model whose cache cannot be reduced to selected tokens, or that has foreign adapters.
 
     Raises:
         ModelError: adapters; not a decoder-only LM; state-space layers, or others that mix tokens; sliding windows or a
@@ -37,15 +37,15 @@ def check_supported(lm: PreTrainedModel, config: NuggetConfig) -> None:
         )
     if getattr(text, "alibi", False):
         raise ModelError(
-            f"{name} uses ALiBi, which counts cache slots instead of positions; nuggets would be misplaced"
+            f"{name} uses ALiBi, which counts cache entries instead of positions; nuggets would be misplaced"
         )
     if "reuse" in (getattr(text, "kv_sharing_modes", None) or []) or getattr(text, "num_kv_shared_layers", None):
         raise ModelError(f"{name} has layers that share the keys of others; a nugget needs its own at every layer")
-    others = _layer_types(text) - {"full_attention", "sliding_attention"}
+    others = layer_types(text) - {"full_attention", "sliding_attention"}
     if others:
         raise ModelError(
-            f"{name} has layers of type {', '.join(sorted(others))}, whose cache mixes tokens or drops them by slot; "
-            "only attention layers can read nuggets"
+            f"{name} has layers of type {', '.join(sorted(others))}, whose cache mixes tokens or drops them by "
+            "cache index; only attention layers can read nuggets"
         )
     _check_reach(lm, config)
     for kind in _rope_types(text) & _LENGTH_DEPENDENT:
@@ -72,25 +72,12 @@ def _accepted(forward: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
 
 
-def sliding_window(lm: PreTrainedModel) -> int | None:
-    """How many tokens the sliding-window layers of `lm` see, the current one included; None without such layers."""
-    text = lm.config.get_text_config(decoder=True)
-    return text.sliding_window if "sliding_attention" in _layer_types(text) else None
-
-
-def position_table(lm: PreTrainedModel) -> int | None:
-    """How many positions `lm` has vectors for; None for rotary models, which compute them."""
-    if find_rotary(lm) is not None:
-        return None
-    return getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
 def fitting_fields(lm: PreTrainedModel) -> dict[str, int]:
-    """Fields for a fresh `NuggetConfig`: the published ones, or as much as `lm` allows."""
+    """Fields for a new `NuggetConfig`: the published values, or the largest that `lm` allows."""
     published = NuggetConfig()
     longest = getattr(lm.config, "max_position_embeddings", None) or published.window
     hard = [limit for limit in (sliding_window(lm), position_table(lm)) if limit is not None]
-    # half: so that what is read still has room after a full segment, or, rewound, beside its nuggets
+    # half: room for as many tokens again after a full segment, or in reconstruction beside its nuggets
     return {
         "window": min([published.window, longest, *(limit // 2 for limit in hard)]),
         "context": min([longest, *hard]),
@@ -98,21 +85,17 @@ def fitting_fields(lm: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def find_rotary(lm: nn.Module) -> nn.Module | None:
-    """The module that computes a model's rotary angles, shared by all its layers."""
-    return next((module for name, module in lm.named_modules() if name.split(".")[-1] == "rotary_emb"), None)
-
-
 def _check_reach(lm: PreTrainedModel, config: NuggetConfig) -> None:
-    """A window of W tokens is full attention as long as fewer than W slots are read, whatever positions they hold.
+    """A window of W tokens is full attention while fewer than W states are in the cache, whatever their positions.
 
-    Going on after a text never has more slots than positions; reconstruction, which rewinds, puts a segment's tokens
-    beside its nuggets: up to twice `config.window`. Anything longer would be cut by cache slot instead of position.
+    Continuation never has more states than positions. Reconstruction, which rewinds, has the tokens of a segment and
+    its nuggets: up to twice `config.window` states. Beyond W, tokens would be dropped by cache index instead of
+    position.
     """
     name, window, table = type(lm).__name__, sliding_window(lm), position_table(lm)
     if window is not None and (2 * config.window > window or config.context > window):
         raise ModelError(
-            f"{name} has sliding_attention layers that see {window} tokens, which drop nuggets by cache slot instead "
+            f"{name} has sliding_attention layers that see {window} tokens, which drop nuggets by cache index instead "
             f"of position: it can be used with window up to {window // 2} and context up to {window}, "
             f"got {config.window} and {config.context}"
         )
@@ -120,14 +103,6 @@ def _check_reach(lm: PreTrainedModel, config: NuggetConfig) -> None:
         raise ModelError(
             f"{name} has {table} positions: window ({config.window}) and context ({config.context}) cannot be longer"
         )
-
-
-def _layer_types(text: Any) -> set[str]:
-    if "local" in (getattr(text, "attention_layers", None) or []):
-        return {"local"}
-    if types := getattr(text, "layer_types", None):
-        return set(types)
-    return {"sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"}
 
 
 def _rope_types(text: Any) -> set[str]:

@@ -1,4 +1,4 @@
-"""Digests that tell which model a memory belongs to."""
+"""Digests that identify the model of a memory."""
 
 import hashlib
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
         if tensor.is_meta:
             raise ModelError(f"weights {name!r} are offloaded and cannot be read; choose a device_map that keeps them")
         plain = _unpacked(tensor).detach()
-        # the address of unpacked weights is free again after each turn
+        # the address of unpacked weights may be reused in the next iteration
         key = (tensor.data_ptr(), plain.dtype, plain.shape, plain.stride()) if _is_plain(tensor) else (name,)
         if key not in known:
             known[key] = hashlib.sha256(_bytes(plain)).digest()
@@ -36,7 +36,7 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hexadecimal digest of everything that a tokenizer does to a text."""
+    """Hexadecimal digest of a tokenizer's serialized configuration."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 

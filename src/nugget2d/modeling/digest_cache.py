@@ -1,7 +1,7 @@
 """The digest of an LM's weights, read from a cache while neither its files nor its weights have changed.
 
 digests.json in the cache folder: for each folder of weights, the identity of its files and the digest of what was
-loaded from them. Hashing every weight of a large LM takes seconds, which no start should pay again.
+loaded from them. Hashing every weight of a large LM takes seconds.
 """
 
 import json
@@ -34,7 +34,7 @@ def weight_files(folder: Path) -> tuple[FileIdentity, ...]:
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """Where weights came from, and how they were right after.
+    """The files that weights were loaded from, and the tensors' versions right after loading.
 
     Attributes:
         folder: of the files.
@@ -56,8 +56,8 @@ def tensor_versions(state: Mapping[str, Tensor]) -> tuple[tuple[int, object], ..
 def cached_weights_digest(state: Mapping[str, Tensor], loaded: LoadedWeights | None) -> str:
     """`weights_digest` of `state`: the very tensors of an LM, not detached.
 
-    Nothing is taken from the cache, or put there, unless the weights are as they were loaded: the same tensors,
-    unchanged in place, and a sample of them with the digest that it had.
+    The cache is neither read nor written unless the weights are as they were loaded: the same tensors, unchanged in
+    place, with the same sampled digest.
     """
     if loaded is None or not loaded.files or tensor_versions(state) != loaded.versions:
         return weights_digest(state)
@@ -85,7 +85,7 @@ def _read() -> dict[str, object]:
 
 
 def _write(folder: str, entry: dict[str, object]) -> None:
-    """Set one entry, if that is possible; of two processes at once one may lose its own."""
+    """Set one entry, if possible; with two processes at once, one entry may be lost."""
     with suppress(NuggetError, OSError):
         path = cache_folder() / CACHE_FILE
         path.parent.mkdir(parents=True, exist_ok=True)

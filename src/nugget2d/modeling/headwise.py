@@ -1,6 +1,6 @@
-"""A KV cache whose length differs by layer and KV head, and that is as small as what it keeps: nothing is padded.
+"""A KV cache without padding whose length differs by layer and KV head.
 
-Its layers hold blocks (headwise_layer.py), which a model reads with an attention function of their own
+Its layers hold blocks (headwise_layer.py), which a model reads with a dedicated attention function
 (headwise_attention.py).
 """
 

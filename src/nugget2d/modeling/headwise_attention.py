@@ -40,7 +40,7 @@ def headwise_attention(lm: PreTrainedModel) -> Iterator[None]:
 
 
 def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
-    """What transformers asks for a mask: none is needed, for a block holds nothing that would have to be hidden."""
+    """The mask function for transformers: there is no mask, as a block holds no padding."""
     if attention_mask is not None and not attention_mask.all():
         raise InputError("a HeadwiseCache holds no padding: read prompts of different lengths each by itself")
 

@@ -1,4 +1,4 @@
-"""What goes on inside a model, without patching it: states of an early layer, inputs of any module."""
+"""Reads activations of a model through hooks: states of an early layer, inputs of any module."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from nugget2d.errors import ModelError
 
 
 class _Reached(Exception):
-    """Carries the hidden states out of a forward pass that need not go on."""
+    """Ends a forward pass early, and holds the hidden states."""
 
     def __init__(self, states: Tensor) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The weights of a Nugget2D and its tensor-level passes: score, choose, encode, decode.
+"""`Network`: the weights of a compressor and its tensor-level passes (score, select, encode, decode).
 
-Training and evaluation work on this level; what users call (model.py) is built on it. All tensors are batch-first: B
-rows, n tokens, K nuggets, d hidden size.
+Training and evaluation use this level; the public class (model.py) is built on it. All tensors are batch-first: B rows,
+n tokens, K nuggets, d hidden size.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,19 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from nugget2d.config import NuggetConfig, SelectionName
-from nugget2d.errors import InputError, MismatchError, ModelError
+from nugget2d.deprecation import RenamedAttribute
+from nugget2d.errors import MismatchError, ModelError
 from nugget2d.memory.memory import Fingerprint, Memory
 from nugget2d.modeling.adapters import base_weights, is_adapter
 from nugget2d.modeling.cache import AllCollected, CollectingCache, Nuggets, cached_states, gather_nuggets, reading_mask
-from nugget2d.modeling.compatibility import as_cache, check_supported, position_table, sliding_window
+from nugget2d.modeling.compatibility import as_cache, check_supported
 from nugget2d.modeling.digest import legacy_fingerprint, tokenizer_digest, weights_digest
 from nugget2d.modeling.digest_cache import LoadedWeights, cached_weights_digest
 from nugget2d.modeling.hooks import find_layers, hidden_after
 from nugget2d.modeling.parameters import Role, make_parameters
+from nugget2d.modeling.positions import max_positions, require_positions
 from nugget2d.modeling.rotation import KeyRotation
-from nugget2d.modeling.selection import SCORED, Scorer, select
+from nugget2d.modeling.selection import SCORED, Scorer, ends_clause, select
 from nugget2d.text.segmentation import detokenize, tokenize, tokenize_after
 
 PromptName = Literal["reconstruct", "continue"]
@@ -60,9 +62,10 @@ class Network(nn.Module):
     """
 
     scorer: Scorer
+    reach = RenamedAttribute("max_positions")
 
     def __init__(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: NuggetConfig) -> None:
-        """Wrap `lm`; it is changed in place (adapters are injected, or it becomes the decoder).
+        """Wrap `lm`, which is changed in place (adapters are injected, or it becomes the decoder).
 
         Raises:
             ModelError: the architecture cannot be supported; the message says why.
@@ -76,7 +79,7 @@ class Network(nn.Module):
         start = self._average_token() if self.has_compressor else None
         if start is not None:
             self.scorer = Scorer(lm.config.hidden_size).to(start.device)
-        # A soft prompt starts like an average token; the flag at zero, so that it disturbs nothing until trained.
+        # A soft prompt starts as the average token; the flag at zero, without effect until trained.
         prompts = {} if start is None else {name: start.clone() for name in ("reconstruct", "continue")}
         self.prompts = nn.ParameterDict(prompts)
         self.flag = None if start is None or not config.flag else nn.Parameter(torch.zeros_like(start))
@@ -111,7 +114,7 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def _average_token(self) -> Tensor:
-        """(d,) mean input embedding, float32: what the module gives, for some models scale their embeddings."""
+        """(d,) mean input embedding, float32, as the module returns it: some models scale their embeddings."""
         ids = torch.arange(self._embeddings.num_embeddings, device=self._embeddings.weight.device)
         return self.embed(ids).float().mean(0)
 
@@ -120,7 +123,7 @@ class Network(nn.Module):
         return cast(nn.Embedding, self.lm.get_input_embeddings())
 
     def small_parameters(self) -> list[nn.Parameter]:
-        """What both roles' weights and the scorer leave: soft prompts and flag."""
+        """Trained parameters outside of both roles and the scorer: soft prompts and flag."""
         return [*self.prompts.parameters(), *([] if self.flag is None else [self.flag])]
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -155,7 +158,7 @@ class Network(nn.Module):
         """Choose nuggets and compute their states in one encoder pass.
 
         Args:
-            ids: (B, n) tokens, RIGHT-padded with any id: causal attention keeps padding from what stands before it.
+            ids: (B, n) tokens, RIGHT-padded with any id: causal attention hides padding from the tokens before it.
             lengths: tokens of each row.
             counts: nuggets of each row.
             selection: policy; None takes the model's own.
@@ -167,7 +170,7 @@ class Network(nn.Module):
             ModelError: a plain LM has no encoder.
         """
         self.require_compressor()
-        self.require_positions(ids.shape[1], slots=ids.shape[1])
+        self.require_positions(ids.shape[1], states=ids.shape[1])
         selection = selection or self.config.selection
         if scores is None and selection in SCORED:
             scores = self.token_scores(ids)
@@ -177,7 +180,7 @@ class Network(nn.Module):
         )
         embeds = self.embed(ids)
         if self.flag is not None:
-            # added, not assigned: a padded slot points at token 0 and must not un-choose it
+            # added, not assigned: padded entries point at token 0 and must not unset its flag
             chosen = torch.zeros_like(ids).scatter_add(1, index, valid.long()).bool()
             embeds = embeds + chosen[..., None] * self.flag.to(embeds.dtype)
         cache = self.encoder_states(embeds)
@@ -200,9 +203,9 @@ class Network(nn.Module):
 
         Args:
             embeds: (B, n, d) input embeddings.
-            mask: (B, n), 0 for inputs that no other sees; None shows all.
+            mask: (B, n), 0 for masked inputs; None masks none.
             positions: (B, n); None counts from 0.
-            layers: only those of the first so many layers; the others are not computed.
+            layers: stop after this many layers; None runs all.
             role: with which weights.
         """
         batch, length = embeds.shape[:2]
@@ -228,9 +231,9 @@ class Network(nn.Module):
         """Logits of one teacher-forced decoder pass over [nuggets, soft prompt, ids].
 
         Args:
-            nuggets: what to read; None reads nothing.
+            nuggets: what to read; None for none.
             ids: (B, q) tokens, right-padded with any id.
-            prompt: the soft prompt before them; None puts none.
+            prompt: the soft prompt before them; None for none.
             start: position of the first input (the soft prompt, if any), for all rows or (B,) each.
 
         Returns:
@@ -245,9 +248,9 @@ class Network(nn.Module):
         batch, queries = embeds.shape[:2]
         steps = torch.arange(queries, device=ids.device)
         first = torch.as_tensor(start, device=ids.device).reshape(-1, 1)
-        if self.reach is not None:  # else the maximum would cost a synchronisation with the GPU, for nothing
-            slots = None if nuggets is None else nuggets.count + queries
-            self.require_positions(int(first.max()) + queries, slots=slots)
+        if self.max_positions is not None:  # else the maximum would cost a needless synchronisation with the GPU
+            states = None if nuggets is None else nuggets.count + queries
+            self.require_positions(int(first.max()) + queries, states=states)
         positions = first + steps
         cache = None if nuggets is None else nuggets.to_cache(self.lm.config)
         mask = None if nuggets is None else reading_mask(nuggets, batch, queries, self.mask_like(embeds))
@@ -278,50 +281,44 @@ class Network(nn.Module):
         return torch.tensor([tokenize(self.tokenizer, text)[0]], dtype=torch.long, device=self.device)
 
     def ids_after(self, text: str) -> Tensor:
-        """The same for text that goes on from other text, where some tokenizers would put a space before it."""
+        """The same for text that continues other text, where some tokenizers would put a space before it."""
         return torch.tensor([tokenize_after(self.tokenizer, text)], dtype=torch.long, device=self.device)
 
     @property
     def start_token(self) -> int | None:
-        """The token that stands before a text in plain language modelling, if the tokenizer has one."""
+        """The token before a text in plain language modelling (BOS, else EOS), if the tokenizer has one."""
         bos = self.tokenizer.bos_token_id
         return self.tokenizer.eos_token_id if bos is None else bos
 
     def after_start(self, ids: Tensor) -> Tensor:
-        """(B, n) tokens as plain language modelling reads a text: behind the start token, if there is one.
+        """(B, n) tokens after the start token, if there is one, as plain language modelling reads a text.
 
-        Of no tokens, none.
+        Without tokens (n = 0) no start token is added.
         """
         if self.start_token is None:
             return ids
         return torch.cat([torch.full_like(ids[:, :1], self.start_token), ids], dim=1)
 
     @cached_property
-    def reach(self) -> int | None:
-        """Positions that exist while nuggets are read; None: no end (rotary models without sliding windows)."""
-        return min([end for end in (position_table(self.lm), sliding_window(self.lm)) if end is not None], default=None)
+    def max_positions(self) -> int | None:
+        """Positions while nuggets are read; None without a limit (rotary models without sliding windows)."""
+        return max_positions(self.lm)
 
-    def require_positions(self, end: int, *, slots: int | None = None) -> None:
-        """Check that positions 0 .. end - 1 exist, or do nothing where they have no end.
+    def require_positions(self, end: int, *, states: int | None = None) -> None:
+        """Check that the model has positions 0 .. end - 1.
 
         Args:
             end: one more than the last position.
-            slots: slots of the cache at the end, when nuggets are in it. Without nuggets a sliding window is no limit.
+            states: in the cache at the end, if there are nuggets in it. Without nuggets a sliding window is no limit.
 
         Raises:
-            InputError: they do not.
+            InputError: it does not.
         """
-        limit = position_table(self.lm) if slots is None else self.reach
-        needed = end if sliding_window(self.lm) is None else max(end, slots or 0)
-        if limit is not None and needed > limit:
-            raise InputError(
-                f"{needed} positions are needed, but {self.config.name!r} has {limit}: compress less text, shorten "
-                "the prompt, or ask for fewer tokens"
-            )
+        require_positions(self.lm, self.config.name, end, states)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """Digests of the base LM's weights and of the tokenizer, computed once: make a new object after changes.
+        """Digests of the base LM's weights and of the tokenizer, computed once: changed weights need a new object.
 
         Raises:
             ModelError: weights are offloaded.
@@ -340,11 +337,11 @@ class Network(nn.Module):
 
     @cached_property
     def legacy_fingerprint(self) -> Fingerprint:
-        """Scheme 1, by which memories of version 0.1 go: tells one compressor from another, also on the same base."""
+        """Scheme 1, that of memories of version 0.1: differs between compressors on the same base."""
         return legacy_fingerprint(self.config.name, self.state_dict(), self.tokenizer)
 
     def recognizes(self, fingerprint: Fingerprint) -> bool:
-        """Whether `fingerprint` is of this base and tokenizer; of scheme 1, of this very compressor."""
+        """Whether `fingerprint` is that of this base and tokenizer; with scheme 1, of this compressor."""
         own = self.legacy_fingerprint if fingerprint.scheme == 1 else self.fingerprint
         return replace(own, name="") == replace(fingerprint, name="")
 
@@ -383,8 +380,7 @@ class Network(nn.Module):
     def _delimiters(self) -> Tensor:
         """(vocabulary,) bool: the token ends a clause."""
         size = self._embeddings.weight.shape[0]
-        texts = [self.text([token]) for token in range(min(size, len(self.tokenizer)))]
-        flags = [text.endswith("\n") or text.strip()[-1:] in set(".,;:!?") - {""} for text in texts]
+        flags = [ends_clause(self.text([token])) for token in range(min(size, len(self.tokenizer)))]
         return torch.tensor(flags + [False] * (size - len(flags)))
 
     @staticmethod

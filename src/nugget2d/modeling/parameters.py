@@ -1,4 +1,4 @@
-"""The two parameter sets, encoder and decoder, on top of one base LM, switched by role.
+"""The weights of encoder and decoder on top of one base LM, switched by role.
 
 `LoraParameters`: two low-rank adapters on a frozen base (Nugget2D, section 3). `CopiedParameters`: the base itself is
 the decoder and a full copy of its layers is the encoder; token embeddings are shared. `PlainParameters`: a plain LM,
@@ -27,7 +27,7 @@ ADAPTERS = ("encoder", "decoder")
 Role = Literal["base", "encoder", "decoder"]
 
 # Where the queries, values and outputs of attention are computed (Nugget2D, section 3), by the names that transformers
-# gives them. Fused matrices hold the keys too, which then get an adapter as well.
+# gives them. Fused matrices include the keys, which then get an adapter as well.
 _PROJECTIONS = (
     *("q_proj", "v_proj", "o_proj", "out_proj"),  # Llama and its kin; OPT, GPT-J
     "qkv_proj",  # Phi-3, fused
@@ -38,7 +38,7 @@ _PROJECTIONS = (
 
 
 class _Lock:
-    """A reentrant lock that a copied or pickled model gets anew."""
+    """A reentrant lock; copies and unpickled objects get a new one."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -54,9 +54,9 @@ class _Lock:
 
 
 class Parameters(nn.Module, ABC):
-    """One causal LM seen in three roles.
+    """One causal LM in three roles.
 
-    "encoder" computes nuggets, "decoder" reads them, "base" is the LM as it was (adapters off), which feeds the scorer.
+    "encoder" computes nuggets, "decoder" reads them, "base" is the original LM (adapters off), whose states are scored.
 
     Attributes:
         lm: the LM.
@@ -165,11 +165,11 @@ class LoraParameters(Parameters):
         lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=list(config.lora_targets))
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two are the point here
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are intended
                 warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft sets it
                 for name in ADAPTERS:
                     inject_adapter_in_model(lora, lm, adapter_name=name)
-                for name in ADAPTERS:  # in half precision small steps would be rounded away
+                for name in ADAPTERS:  # half precision would round small updates to zero
                     cast_adapter_dtype(lm, name)
         except ValueError as error:
             raise ModelError(
@@ -207,7 +207,7 @@ class LoraParameters(Parameters):
             else:
                 tuner.enable_adapters(True)
                 tuner.set_adapter(role)
-            # set_adapter and enable_adapters freeze the other adapter: both must keep their gradients
+            # set_adapter and enable_adapters freeze the other adapter, but both need gradients
             tuner.set_requires_grad(list(ADAPTERS), True)
 
 

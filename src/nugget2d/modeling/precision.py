@@ -1,4 +1,4 @@
-"""Whether computing in bfloat16 pays on this machine."""
+"""Whether this machine computes faster in bfloat16."""
 
 import torch
 
@@ -17,5 +17,5 @@ def has_fast_bfloat16(device: str) -> bool:
 
 
 def mixed_precision(device: str) -> torch.autocast:
-    """A context in which matrix products are in bfloat16, if that pays on this type of device."""
+    """A context in which matrix products are in bfloat16, if that is faster on this type of device."""
     return torch.autocast(device, torch.bfloat16, enabled=has_fast_bfloat16(device))

@@ -1,12 +1,12 @@
-"""The slots of a nugget: which head of which layer carries the token at which distance.
+"""The per-head token read-out of a nugget: which head of which layer carries the token at which distance.
 
-A rotary head can attend to a nugget at one relative distance only, so the value of head h at layer l is a slot for one
-token. Layer 0 sees just the nugget's own token; from layer 1 on, slot (l, h) is meant for the token
-(l - 1) * heads + h places before the nugget: L layers of H heads carry (L - 1) * H tokens. Left alone, training fills
-about one layer's worth (research/LOG.md, the copy-span staircase); research/readout_loss.py and
-research/relative_offset.py make every layer carry its share.
+A rotary head can attend to a nugget at one relative distance only, so the value of head h at layer l can carry one
+token. Layer 0 sees only the nugget's own token; from layer 1 on, head (l, h) is to carry the token
+(l - 1) * heads + h places before the nugget: L layers of H heads carry (L - 1) * H tokens. Without further losses,
+training uses about one layer's worth of them (research/LOG.md, the copy-span staircase); research/readout_loss.py and
+research/relative_offset.py train every layer to carry its share.
 
-Layers without positions are not counted: their heads find tokens by what they are (research/induction_loss.py).
+Layers without positions are not counted: their heads match tokens by content (research/induction_loss.py).
 """
 
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ from nugget2d.modeling.parameters import CopiedParameters
 
 
 @dataclass(frozen=True)
-class SlotLayout:
-    """The layers of both copies and the numbers that slots are counted by.
+class HeadReadout:
+    """The layers of both copies, and which token each of their heads carries.
 
     Attributes:
         encoder: all its layers.
         decoder: all its layers.
-        layers: numbers of those that have slots, the nearest first.
+        layers: numbers of those whose heads carry tokens, the nearest first.
         heads: of each layer.
         head_dim: of each head.
     """
@@ -50,8 +50,8 @@ class SlotLayout:
         return torch.einsum("...hkc,dhc->...hkd", values, output.to(values.dtype))
 
 
-def slot_layout(model: Network) -> SlotLayout:
-    """The layout of a model made of two copies of a Llama-shaped LM.
+def head_readout(model: Network) -> HeadReadout:
+    """The read-out of a model made of two copies of a Llama-shaped LM.
 
     Raises:
         ModelError: another kind of model, whose heads cannot be told apart this way.
@@ -65,12 +65,12 @@ def slot_layout(model: Network) -> SlotLayout:
     encoder = list(find_layers(model.lm, roles.encoder))
     rotated = [number for number in range(len(decoder)) if number not in unrotated_layers(model.lm)]
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return SlotLayout(encoder, decoder, rotated[1:], heads, width)
+    return HeadReadout(encoder, decoder, rotated[1:], heads, width)
 
 
 def unrotated_layers(lm: PreTrainedModel) -> list[int]:
     """Numbers of the layers without positions of a rotary LM, as SmolLM3 lists them."""
-    rotated = getattr(lm.config, "no_rope_layers", None) or []  # says, in spite of its name, which do rotate
+    rotated = getattr(lm.config, "no_rope_layers", None) or []  # 1 for layers that do rotate, despite the name
     return [number for number, rotates in enumerate(rotated) if not rotates]
 
 
@@ -82,5 +82,7 @@ def final_norm(lm: PreTrainedModel) -> nn.Module:
     """
     norm = getattr(lm.base_model, "norm", None)
     if not isinstance(norm, nn.Module):
-        raise ModelError(f"slots need a Llama-shaped base, {type(lm).__name__} has no final norm")
+        raise ModelError(
+            f"the per-head token read-out needs a Llama-shaped base, {type(lm).__name__} has no final norm"
+        )
     return norm

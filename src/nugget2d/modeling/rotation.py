@@ -1,4 +1,4 @@
-"""Moves stored keys to other positions, as the model's own rotary embedding would."""
+"""Rotates stored keys to other positions, as the model's own rotary embedding would."""
 
 import inspect
 from dataclasses import dataclass
@@ -10,7 +10,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from nugget2d.errors import ModelError
 from nugget2d.modeling.cache import LayerStates, cached_states
-from nugget2d.modeling.compatibility import as_cache, find_rotary
+from nugget2d.modeling.compatibility import as_cache
+from nugget2d.modeling.positions import find_rotary
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,12 @@ _LAYOUTS = (
 
 
 class KeyRotation:
-    """Moves stored keys to other positions, exactly as the model's own rotary embedding would.
+    """Rotates stored keys to other positions, exactly as the model's own rotary embedding would.
 
-    Which layers rotate, and how, is FOUND OUT rather than assumed: one token alone is run at two positions. Its
-    attention sees only itself, so a layer's two keys differ by exactly the rotation (rotary layers) or not at all
-    (layers without positions). Anything else is refused: learned positions, added to the input, are mixed into the
-    hidden state that a key is made of, so only encoding the text again could move it.
+    Which layers rotate, and how, is MEASURED: a single token is run at two positions. Its attention sees only itself,
+    so a layer's two keys differ by exactly the rotation (rotary layers) or not at all (layers without positions).
+    Anything else is refused: learned positions are added to the input and so part of the hidden state that a key is
+    computed from; only encoding the text again could move it.
     """
 
     def __init__(self, body: PreTrainedModel, num_layers: int) -> None:
@@ -71,7 +72,7 @@ class KeyRotation:
             ModelError: the keys of some layer depend on the position in another way.
         """
         self._rotary = find_rotary(body)
-        # some models turn each type of layer by its own frequencies
+        # in some models each type of layer has its own frequencies
         typed = self._rotary is not None and "layer_type" in inspect.signature(self._rotary.forward).parameters
         self._types: list[str | None] = list(body.config.layer_types) if typed else [None] * num_layers
         self._layouts = self._probe(body)
@@ -98,7 +99,7 @@ class KeyRotation:
         options = {} if kind is None else {"layer_type": kind}
         shift = shift.to(device)
         cos, sin = self._rotary(torch.zeros(1, device=device), shift, **options)
-        # some embeddings also scale: what they give at position 0, the stored keys have already
+        # some embeddings also scale; the scale, seen at position 0, is in the stored keys already
         scale = self._rotary(torch.zeros(1, device=device), torch.zeros_like(shift), **options)[0]
         return (cos / scale)[:, None], (sin / scale)[:, None]
 

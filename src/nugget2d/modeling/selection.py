@@ -1,6 +1,6 @@
 """Which tokens become nuggets: the scorer, and the policies that choose from its scores or without them.
 
-Every policy takes the last token of a segment: under a causal mask it alone has seen everything (Nugget2D,
+Every policy takes the last token of a segment: under a causal mask only its state depends on all of it (Nugget2D,
 section 3.1). The chosen indices are always in text order.
 """
 
@@ -23,8 +23,8 @@ Policy = Callable[[Tensor, Tensor, int], Tensor]
 class Scorer(nn.Module):
     """Linear-ReLU-Linear on a token's hidden state: (..., hidden) -> (...) scores (Nugget2D, section 3.1).
 
-    States are scaled to unit root mean square first: an early layer's residual stream has no norm of its own, and the
-    straight-through gradient does not restrain the scale of the scores.
+    States are scaled to unit root mean square first: the residual stream of an early layer is not normalized, and the
+    straight-through gradient does not limit the scale of the scores.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -61,15 +61,20 @@ def _even(scores: Tensor, delimiters: Tensor, k: int) -> Tensor:
 
 
 def _punctuation(scores: Tensor, delimiters: Tensor, k: int) -> Tensor:
-    """Delimiters, thinned evenly if there are too many; other tokens, evenly, if too few."""
-    return torch.stack([_thinned(row[:-1], k - 1) for row in delimiters])
+    """Delimiters, evenly spaced ones of them if there are too many, and evenly spaced other tokens if too few."""
+    return torch.stack([_spaced(row[:-1], k - 1) for row in delimiters])
 
 
-def _thinned(wanted: Tensor, count: int) -> Tensor:
+def _spaced(wanted: Tensor, count: int) -> Tensor:
     first, rest = wanted.nonzero().flatten(), (~wanted).nonzero().flatten()
     if len(first) < count:
         return torch.cat([first, rest[even_ends(len(rest), count - len(first)).to(rest.device)]])
     return first[even_ends(len(first), count).to(first.device)]
+
+
+def ends_clause(token: str) -> bool:
+    """Whether the text of a token ends a clause: with a line end or a punctuation mark."""
+    return token.endswith("\n") or token.strip().endswith((".", ",", ";", ":", "!", "?"))
 
 
 POLICIES: dict[SelectionName, Policy] = {
@@ -85,7 +90,7 @@ SCORED: frozenset[SelectionName] = frozenset({"learned", "window"})
 def count_nuggets(lengths: Sequence[int], ratio: float) -> list[int]:
     """Nuggets for each of the consecutive segments of one text, ceil(n / ratio) in all but at least one each.
 
-    Counts follow the running total, so that rounding up every segment does not eat into the ratio.
+    Counts follow the running total, so that rounding up in every segment does not lower the ratio of the whole text.
 
     Raises:
         InputError: ratio below 1.
@@ -102,7 +107,7 @@ def count_nuggets(lengths: Sequence[int], ratio: float) -> list[int]:
 
 
 def next_count(tokens: int, given: int, length: int, ratio: float) -> int:
-    """Nuggets for a segment of `length` tokens, after `tokens` that were given so many."""
+    """Nuggets for a segment of `length` tokens, after `tokens` tokens that have `given` nuggets."""
     return min(length, max(1, ceil((tokens + length) / ratio) - given))
 
 
@@ -188,5 +193,5 @@ def _noise(ids: Tensor, lengths: Sequence[int], generator: torch.Generator | Non
 
 
 def generator_of(tokens: Tensor) -> torch.Generator:
-    """A generator seeded by (n,) tokens: whatever is drawn for a text is the same in any batch."""
+    """A generator seeded by (n,) tokens: draws for a text are the same in any batch."""
     return torch.Generator().manual_seed(crc32(tokens.numpy().tobytes()))

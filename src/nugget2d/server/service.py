@@ -199,11 +199,11 @@ class Service:
     def _limit(self, question: Question) -> int:
         """How many tokens of the prompt are read uncompressed."""
         model, limit = self._model, self.settings.max_context
-        if model.reach is None:
+        if model.max_positions is None:
             return limit
-        limit = min(limit, model.reach - question.max_tokens - 1)
+        limit = min(limit, model.max_positions - question.max_tokens - 1)
         if limit < model.config.window // 2:
-            raise InputError(f"max_tokens leaves no room for a prompt: the model has {model.reach} positions")
+            raise InputError(f"max_tokens leaves no room for a prompt: the model has {model.max_positions} positions")
         return limit
 
     async def _events(self, context: RequestContext, make: Callable[[Emit], Job]) -> AsyncIterator[Event]:

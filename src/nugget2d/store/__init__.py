@@ -1,4 +1,4 @@
-"""A store keeps many memories: never the same work twice, none lost once acknowledged, found again by what they say."""
+"""A store of memories: deduplicated by content address, durable once acknowledged, searchable by words."""
 
 from nugget2d.store.backend import Damage, Swept
 from nugget2d.store.record import Record

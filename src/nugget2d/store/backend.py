@@ -1,4 +1,4 @@
-"""What a place must be able to do to be a store; folder.py and bucket.py do it."""
+"""The interface of store backends, which folder.py and bucket.py implement."""
 
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -28,7 +28,7 @@ class Swept(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """What is written for a record: the record itself, and the words it is searched by as bytes."""
+    """A record and, as bytes, the words that it is searched by."""
 
     record: Record
     words: bytes
@@ -62,13 +62,13 @@ def read_record(record_id: str, text: bytes) -> Record:
 
 
 class Backend(Protocol):
-    """Records and the memory files they lead to."""
+    """Records, and the memory files that they point to."""
 
     def keep(self, entry: Entry, data: bytes) -> Record:
-        """Write the file, then the record: durable when it returns. A record that is there already is returned."""
+        """Write the file, then the record: durable when it returns. An existing record of this id is returned as is."""
 
     def record(self, record_id: str) -> Record | None:
-        """The record of that very id."""
+        """The record of that id, if there is one."""
 
     def records(self) -> list[Record]:
         """All records, oldest first."""
@@ -86,19 +86,19 @@ class Backend(Protocol):
         """
 
     def find(self, key: str) -> Memory | None:
-        """An undamaged memory at a content address, whoever's it is."""
+        """An undamaged memory at a content address, of any owner."""
 
     def remove(self, record_id: str) -> bool:
-        """Forget a record, and its file if no other record leads there; whether there was one."""
+        """Remove a record, and its file if no other record points to it; returns whether there was one."""
 
     def verify(self) -> list[Damage]:
         """Read everything and check it."""
 
     def sweep(self) -> Swept:
-        """Remove files that no record leads to and that are too old to be somebody's who is still writing."""
+        """Remove files without a record that are too old to belong to a write in progress."""
 
     def place(self, record: Record) -> str:
-        """Where the file of a record is, for people."""
+        """Where the file of a record is, for display."""
 
     def close(self) -> None:
-        """Let go of files and connections."""
+        """Close files and connections."""

@@ -1,12 +1,12 @@
-"""A store in a bucket of S3 or what is compatible with it, through obstore.
+"""A store in a bucket of S3 or a compatible service, through obstore.
 
     records/ID.json              a record, its words, a checksum of both, and the name of its file
     memories/KEY/NONCE.nugget    the file; each record has its own
 
-Nothing is locked. A memory's file is written first, under a name that nobody else has, then its record, by the one
-operation that such storage does atomically: create if absent. That is the acknowledgement, and of two writers of the
-same memory one wins. Files are not shared by records as in a folder: without transactions nobody could say that the
-last record is gone.
+There are no locks. A memory's file is written first, under a unique name, then its record, with the one conditional
+write of such storage: create if absent. This write is the acknowledgement; of two writers of the same memory one
+succeeds. Unlike in a folder, records do not share files: without transactions it cannot be decided that a removed
+record was the last one.
 """
 
 import json
@@ -25,13 +25,13 @@ from nugget2d.store.backend import Damage, Entry, Swept, entry_digest, read_reco
 from nugget2d.store.record import Record
 
 VERSION = 2
-ORPHAN_SECONDS = 3600  # a writer that took half as long from file to record starts over
-REQUESTS = 16  # side by side, for records
+ORPHAN_SECONDS = 3600  # a writer that needs half as long between file and record starts over
+REQUESTS = 16  # concurrent ones, for records
 
 
 @dataclass(frozen=True)
 class _Row:
-    """What an object of records/ holds."""
+    """The content of an object of records/."""
 
     text: bytes
     words: bytes
@@ -59,10 +59,10 @@ class Bucket:
     """See `Backend`."""
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
-        """Reach the bucket at `url`; `options` are those of obstore's `from_url`.
+        """Open the bucket at `url`; `options` are those of obstore's `from_url`.
 
         Raises:
-            StoreError: obstore is not installed, or does not understand the address or an option.
+            StoreError: obstore is not installed, or rejects the address or an option.
         """
         try:
             import obstore
@@ -85,7 +85,7 @@ class Bucket:
             with self._errors():
                 self._storage.put(self._bucket, file, data)
                 if time.monotonic() - start > ORPHAN_SECONDS / 2:
-                    continue  # `sweep` may be about to take the file for an orphan
+                    continue  # `sweep` may be about to remove the file as an orphan
                 try:
                     self._storage.put(self._bucket, name, row.to_bytes(), mode="create")
                     return record
@@ -113,7 +113,7 @@ class Bucket:
         return sorted(entries, key=lambda entry: (entry.record.created, entry.record.id))
 
     def load(self, record: Record, *, verify: bool) -> Memory:
-        """See `Backend`; the file comes whole, and its checksum is always looked at."""
+        """See `Backend`; the whole file is read, and its checksum is always verified."""
         row = self._row(_row_name(record.id))
         if row is None:
             raise UnknownMemoryError(f"memory {record.id} was removed just now")
@@ -164,7 +164,9 @@ class Bucket:
 
     def sweep(self) -> Swept:
         """See `Backend`."""
-        files = self._list("memories/")  # before the records: a file that gets its record meanwhile is a young one
+        files = self._list(
+            "memories/"
+        )  # before the records: a file whose record is written in between is too new to be removed
         used = {row.file for row in self._rows().values()}
         old = [
             (name, meta["size"])
@@ -182,7 +184,7 @@ class Bucket:
         return f"{self._url}/{row.file if row is not None else ''}"
 
     def close(self) -> None:
-        """See `Backend`; there is nothing to let go of."""
+        """See `Backend`; nothing has to be closed."""
 
     def _rows(self) -> dict[str, _Row]:
         """All of records/ by name. Objects never change, so each version is fetched once."""
@@ -207,7 +209,7 @@ class Bucket:
                 return None
 
     def _list(self, prefix: str) -> dict[str, Any]:
-        """What obstore knows of each object below `prefix`, by name."""
+        """The metadata of each object below `prefix`, by name."""
         with self._errors():
             return {meta["path"]: meta for page in self._storage.list(self._bucket, prefix) for meta in page}
 

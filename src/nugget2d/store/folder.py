@@ -1,13 +1,13 @@
 """A store in a folder: `index.db` (SQLite, write-ahead log) and one safetensors file a memory.
 
     index.db              records, words, checksums of both
-    memories/ab/abcd...   files named by content address; records of several owners may lead to one
+    memories/ab/abcd...   files named by content address; records of several owners may point to one
 
 A memory is written in this order: its file (flushed, renamed into place, folder flushed), then its row, in a
 transaction that is flushed when it ends (synchronous=FULL). The row is the acknowledgement: a crash before it leaves a
-file that no record leads to, for `sweep`. Files are removed only under SQLite's one write lock, and a row is inserted
-under the same lock, after a look that its file is (still) there: no order of events leaves a record without its file.
-The index of a new store is made elsewhere and linked into place whole.
+file without a record, for `sweep`. Files are removed only under SQLite's write lock, and a row is inserted under the
+same lock, after a check that its file (still) exists: no order of events leaves a record without its file. The index of
+a new store is created under another name and then linked into place.
 """
 
 import sqlite3
@@ -56,7 +56,7 @@ class Folder:
         self._lock = threading.RLock()
         if not self._index.is_file():
             if not create:
-                raise StoreError(f"there is no store at {path}; `nugget2d store add` makes one")
+                raise StoreError(f"there is no store at {path}; `nugget2d store add` creates one")
             self._make()
         with self._errors():
             self._db = self._open()
@@ -69,7 +69,7 @@ class Folder:
             self._write(path, data)
             with self._transaction() as db:
                 if not path.is_file():
-                    continue  # swept since: no row led to it yet
+                    continue  # removed by a sweep before its row was inserted
                 if not db.execute("INSERT OR IGNORE INTO records VALUES (?, ?, ?, ?, ?, ?)", row).rowcount:
                     (text,) = db.execute("SELECT record FROM records WHERE id = ?", row[:1]).fetchone()
                     record = read_record(record.id, text)
@@ -112,7 +112,7 @@ class Folder:
             rows = db.execute("DELETE FROM records WHERE id = ? RETURNING key", (record_id,)).fetchall()
         if not rows:
             return False
-        # in a transaction of its own: a crash between the two must leave a file too many, not a row too many
+        # in a separate transaction: a crash in between may leave an orphaned file, but no row without a file
         self._remove_orphan(self._path(rows[0][0]), 0)
         return True
 
@@ -120,7 +120,7 @@ class Folder:
         """See `Backend`."""
         problems = [problem for (problem,) in self._rows("PRAGMA integrity_check")]
         damages = [Damage("", str(self._index), problem) for problem in problems if problem != "ok"]
-        reasons: dict[str, str | None] = {}  # of each file, read once however many records lead there
+        reasons: dict[str, str | None] = {}  # of each file, read once for all records that point to it
         for record_id, key, text, words, digest in self._rows(
             "SELECT id, key, record, words, digest FROM records ORDER BY created, id"
         ):
@@ -133,7 +133,7 @@ class Folder:
         return damages
 
     def sweep(self) -> Swept:
-        """See `Backend`; half-written files are among them."""
+        """See `Backend`; partly written files are removed too."""
         sizes = [self._remove_orphan(path, ORPHAN_SECONDS) for path in self._memories.glob("*/*")]
         removed = [size for size in sizes if size is not None]
         return Swept(len(removed), sum(removed))
@@ -168,7 +168,7 @@ class Folder:
             file.write(data)
 
     def _remove_orphan(self, path: Path, age: float) -> int | None:
-        """Remove a file that no record leads to, if nobody wrote it in the last `age` seconds; its size if removed."""
+        """Remove a file without a record, if it was not written in the last `age` seconds; its size if removed."""
         with self._transaction() as db:
             if db.execute("SELECT 1 FROM records WHERE key = ?", (path.stem,)).fetchone():
                 return None
@@ -189,14 +189,14 @@ class Folder:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Hold the write lock; what was done is durable when the block ends, undone if it ends by an error."""
+        """A write transaction: durable when the block ends, rolled back if it ends by an error."""
         with self._lock, self._errors():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
                 self._db.execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:  # some errors have undone it already
+                if self._db.in_transaction:  # some errors have rolled it back already
                     self._db.execute("ROLLBACK")
                 raise
 
@@ -208,11 +208,11 @@ class Folder:
             raise StoreError(f"{self._index}: {error}") from error
 
     def _make(self) -> None:
-        """Make an empty index; of two that do so at once, the first wins."""
+        """Create an empty index; of two processes at once, the first succeeds and the other uses its index."""
         try:
             new = [folder for folder in (self._memories, *self._memories.parents) if not folder.exists()]
             self._memories.mkdir(parents=True, exist_ok=True)
-            for folder in new:  # a memory is no safer than the name of the store
+            for folder in new:  # the name of the store must be durable too
                 sync_folder(folder.parent)
             with tempfile.TemporaryDirectory(dir=self._memories, prefix=".new.") as place, self._errors():
                 index = Path(place, "index.db")
@@ -229,8 +229,8 @@ class Folder:
         try:
             db = self._connect("mode=rw")
         except sqlite3.OperationalError:
-            # In a folder that cannot be written SQLite cannot share memory with writers. If there is no log, nobody
-            # is writing, and the index alone is all there is.
+            # In a read-only folder SQLite cannot share memory with writers. Without a log there is no writer, and the
+            # index file is complete.
             if self._index.with_name("index.db-wal").exists():
                 raise
             db = self._connect("immutable=1")
@@ -238,7 +238,7 @@ class Folder:
             db.execute(f"PRAGMA {name}").fetchone() for name in ("application_id", "user_version")
         )
         if application != APPLICATION_ID:
-            raise StoreError(f"{self._index} is not the index of a store of memories; give another folder")
+            raise StoreError(f"{self._index} is not the index of a store; give another folder")
         if version != VERSION:
             raise StoreError(f"{self._index} has version {version}, this package reads {VERSION}; upgrade it")
         return db
@@ -248,9 +248,9 @@ class Folder:
             f"file:{quote(str(self._index.absolute()))}?{mode}",
             uri=True,
             timeout=BUSY_SECONDS,
-            isolation_level=None,  # transactions begin and end where this file says so
+            isolation_level=None,  # transactions begin and end explicitly
             check_same_thread=False,
         )
         db.execute("PRAGMA synchronous = FULL")
-        db.execute("SELECT 1 FROM sqlite_master").fetchone()  # opening alone reads nothing
+        db.execute("SELECT 1 FROM sqlite_master").fetchone()  # connecting does not read the file
         return db

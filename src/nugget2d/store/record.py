@@ -1,4 +1,4 @@
-"""What a store knows of a memory without opening it, and the addresses that keep work from being done twice."""
+"""`Record`: the metadata of a memory in a store, and its id."""
 
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -14,9 +14,9 @@ class Record(Frozen):
     Attributes:
         id: in hexadecimal digits, made of `key` and `owner`.
         key: content address of the memory: that of text, model and settings, or the memory's own checksum.
-        name: what a person calls it, such as a file name.
+        name: for display, such as a file name.
         tags: any words, to filter by.
-        owner: namespace; a record exists for its owner only.
+        owner: namespace; other owners do not see the record.
         created: UTC, ISO 8601.
         num_tokens: tokens of the text (n).
         num_nuggets: tokens kept (k).
@@ -24,7 +24,7 @@ class Record(Frozen):
         ratio: n / k.
         nbytes: bytes of keys, values and scales (`Memory.nbytes`).
         model: who can read it.
-        settings: how it was made, if the store was told.
+        settings: how it was made, if that was given.
     """
 
     id: str
@@ -64,5 +64,5 @@ class Record(Frozen):
 
 
 def record_id(key: str, owner: str) -> str:
-    """The id under which `owner` has the memory at `key`; like it, 32 hexadecimal digits."""
+    """The id of the memory at `key` for `owner`: 32 hexadecimal digits, like `key`."""
     return digest("record", key, owner)

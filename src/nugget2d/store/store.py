@@ -1,4 +1,4 @@
-"""`MemoryStore`: what users call."""
+"""`MemoryStore`: the public interface of a store."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from nugget2d.store.folder import Folder
 from nugget2d.store.record import Record, record_id
 from nugget2d.store.words import Words, relevance
 
-_DIGITS = re.compile("[0-9a-f]{32}")  # of ids and content addresses: what becomes part of a path
+_DIGITS = re.compile("[0-9a-f]{32}")  # of ids and content addresses, which become parts of paths
 
 
 class Hit(NamedTuple):
@@ -31,8 +31,8 @@ class Hit(NamedTuple):
 class MemoryStore:
     """Memories by content address, with names, tags and owners.
 
-    A record belongs to its `owner`, a namespace: whoever asks with another owner is told that it does not exist. Asking
-    with None sees all. What two owners add alike is two records over one file.
+    A record belongs to its `owner`, a namespace: requests with another owner get an error as if it did not exist.
+    Requests with None see all. The same memory of two owners is two records of one file.
 
     Safe to use from several threads and processes at once.
     """
@@ -42,9 +42,9 @@ class MemoryStore:
 
         Args:
             path: a folder, or "s3://bucket/prefix" for a bucket that exists (extra `s3`).
-            create: make the folder if there is none.
+            create: create the folder if there is none.
             options: of a bucket, passed to obstore's `from_url`: endpoint, access_key_id, secret_access_key, region,
-                client_options={"allow_http": True}, ... What is left out comes from AWS_... variables.
+                client_options={"allow_http": True}, ... Others are taken from AWS_... variables.
 
         Raises:
             StoreError: there is none, it is not a store, of a newer version, or cannot be opened.
@@ -64,24 +64,24 @@ class MemoryStore:
         owner: str = "",
         settings: CompressOptions | None = None,
     ) -> Record:
-        """Keep a memory; when this returns, a power cut does not lose it.
+        """Store a memory durably: it survives a power failure after this returns.
 
         Args:
-            memory: what to keep.
-            model: the one that made it. Without, every search will read the whole memory to know its words.
+            memory: to be stored.
+            model: the one that made it. Without it, every search has to read the whole memory for its words.
             key: its content address (`CompressOptions.address`); None takes its checksum.
-            name: what a person calls it.
+            name: for display.
             tags: words to filter by.
-            owner: whose it is.
+            owner: its namespace.
             settings: how it was made, for the record.
 
         Returns:
-            The record; the earlier one, unchanged, if this owner has this memory already.
+            The record; the existing one, unchanged, if this owner has this memory already.
 
         Raises:
             InputError: a key that is no content address.
             OutputError: the file cannot be written.
-            StoreError: the index cannot be.
+            StoreError: the index cannot be written.
         """
         if key is not None and not _DIGITS.fullmatch(key):
             raise InputError(f"{key!r} is no content address; take that of `CompressOptions.address`")
@@ -101,7 +101,7 @@ class MemoryStore:
         on_progress: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Record:
-        """Keep the memory of a text; it is compressed only if nobody added it before, for this LM and in this way.
+        """Store the memory of a text, which is compressed only if the store has no memory of it made in the same way.
 
         The arguments are those of `put`; all others are those of `Nugget2D.compress` (method, ratio, dtype, ...).
 
@@ -128,8 +128,8 @@ class MemoryStore:
 
         Args:
             id: of the record, whole.
-            owner: who asks.
-            verify: False leaves out the checksum, for which every page is touched once.
+            owner: see the class.
+            verify: False skips the checksum, for which the whole file is read.
 
         Raises:
             UnknownMemoryError: there is no such record, or it is another owner's.
@@ -154,12 +154,12 @@ class MemoryStore:
         return [record for record in self._backend.records() if _wanted(record, owner, tag)]
 
     def remove(self, id: str, *, owner: str | None = None) -> None:
-        """Forget a record; its file goes with the last record that leads there.
+        """Remove a record; its file is removed with the last record that points to it.
 
         Raises:
             UnknownMemoryError: there is no such record, or it is another owner's.
         """
-        # asked by nobody in particular, a record that cannot be read can still be removed
+        # without an owner to check, a damaged record can be removed too
         if owner is not None:
             self.record(id, owner=owner)
         if not _DIGITS.fullmatch(id) or not self._backend.remove(id):
@@ -168,19 +168,19 @@ class MemoryStore:
     def search(
         self, model: Nugget2D, query: str, *, top: int = 10, owner: str | None = None, tag: str | None = None
     ) -> list[Hit]:
-        """The memories that fit `query` best, best first, each with its best segment.
+        """The memories most relevant to `query`, best first, each with its best segment.
 
         Segments are compared by the tokens that are decoded from their states (words.py): of a model with
-        `config.slots` nearly all tokens of the text, else those that were kept. Only memories that `model` reads are
-        searched; a score compares memories of one search, no more, and memories without any word of the query are left
-        out.
+        `config.token_readout` nearly all tokens of the text, else those that were kept. Only memories that `model` can
+        read are searched. Scores are comparable within one search only; memories without any word of the query are
+        left out.
 
         Raises:
             InputError: an empty query.
         """
         if not query.strip():
             raise InputError("the query is empty; give words to search for")
-        # a word is another token at the start of a text than within
+        # a word has another token at the start of a text than within
         wanted = [token for text in (query, f" {query}") for token in model.ids(text)[0].tolist()]
         entries = [
             entry
@@ -209,19 +209,19 @@ class MemoryStore:
         return self._backend.place(self.record(id))
 
     def verify(self) -> list[Damage]:
-        """Read and check everything: what is damaged, by name; an empty list if nothing is."""
+        """Read and check all memories; returns what is damaged."""
         return self._backend.verify()
 
     def gc(self) -> Swept:
-        """Remove what interrupted writers left behind, if it is an hour old."""
+        """Remove files that interrupted writers left, if they are older than an hour."""
         return self._backend.sweep()
 
     def close(self) -> None:
-        """Let go of files and connections."""
+        """Close files and connections."""
         self._backend.close()
 
     def __enter__(self) -> "MemoryStore":
-        """Nothing is done; leaving closes."""
+        """The store itself, which is closed at the end of the block."""
         return self
 
     def __exit__(

@@ -1,4 +1,4 @@
-"""The tokens of a memory's segments, as its states tell them, and how well they fit a query.
+"""The words of a memory, decoded from its states, and their relevance to a query (BM25).
 
 Every token that is decoded from a state (inference/token_decoding.py) counts as one; the scores of all segments are a
 product of the sparse matrix of these counts, weighted by BM25 (Robertson and Zaragoza 2009), with the query's tokens.
@@ -16,7 +16,7 @@ from nugget2d.inference.token_decoding import decode_tokens
 from nugget2d.memory.memory import Memory
 from nugget2d.model import Nugget2D
 
-# BM25's usual constants: how soon more of the same token adds nothing, how much long segments are held back
+# BM25's usual constants: saturation of repeated tokens (k1), and penalty of long segments (b)
 SATURATION, LENGTH = 1.2, 0.75
 
 
@@ -36,7 +36,7 @@ class Words:
 
     @staticmethod
     def of(memory: Memory, model: Nugget2D) -> "Words":
-        """What `model`, which made the memory, reads off it."""
+        """The tokens that are decoded from a memory by `model`, which made it."""
         parts = decode_tokens(model, memory)
         spans = [(segment.start, segment.end) for segment in memory.segments]
         if memory.kind != "kv":  # read as a whole
@@ -50,20 +50,20 @@ class Words:
 
     @staticmethod
     def from_bytes(data: bytes) -> "Words":
-        """What `to_bytes` gave."""
+        """The inverse of `to_bytes`."""
         return Words(**safetensors.numpy.load(data))
 
 
 def relevance(words: Sequence[Words], query: Sequence[int]) -> list[NDArray[np.float64]]:
-    """How well each segment of every memory fits a query of token ids: BM25 over all these segments."""
+    """The relevance of each segment of every memory to a query of token ids: BM25 over all these segments."""
     counts = np.concatenate([one.counts for one in words])
     tokens = np.concatenate([one.tokens for one in words])
     segment = np.repeat(np.arange(len(counts)), counts)
-    held_back = SATURATION * (1 - LENGTH + LENGTH * counts / max(counts.mean(), 1))
+    norms = SATURATION * (1 - LENGTH + LENGTH * counts / max(counts.mean(), 1))
     scores = np.zeros(len(counts))
     for token in sorted(set(query)):
         often = np.bincount(segment[tokens == token], minlength=len(counts))
         having = np.count_nonzero(often)
         rarity = np.log1p((len(counts) - having + 0.5) / (having + 0.5))
-        scores += rarity * often * (SATURATION + 1) / (often + held_back)
+        scores += rarity * often * (SATURATION + 1) / (often + norms)
     return np.split(scores, np.cumsum([len(one.counts) for one in words])[:-1])

@@ -1,1 +1,1 @@
-"""Autoregressive mode: recent tokens whole, everything older as nuggets (Nugget2D, section 3.3)."""
+"""Autoregressive mode: recent tokens uncompressed, everything older as nuggets (Nugget2D, section 3.3)."""

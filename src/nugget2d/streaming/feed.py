@@ -1,4 +1,4 @@
-"""Text that arrives in pieces, as the tokens of the whole: where it was cut must not show."""
+"""Tokenizes text that arrives in parts, into the same tokens as the whole text."""
 
 import re
 
@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nugget2d.text.segmentation import require_utf8, tokenize
 
-# A word longer than this is cut: scripts without spaces must not be held back for ever.
+# A word longer than this is cut, so that scripts without spaces are not held back without limit.
 LONGEST = 400
 
 # From the last cut to where a space follows something else: tokenizers begin a new token there.
@@ -14,12 +14,12 @@ _UNIT = re.compile(rf".{{0,{LONGEST - 1}}}?\S(?= )|.{{{LONGEST}}}", re.DOTALL)
 
 
 class TextFeed:
-    """Holds back the word that may go on in the next piece; tokens depend on the text alone, not on its pieces."""
+    """Holds back the last word, which the next part may continue; tokens do not depend on where the text was cut."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Nothing held."""
         self._tokenizer = tokenizer
-        self._before = ""  # the last unit given out: some tokenizers begin a text otherwise than they go on
+        self._before = ""  # the last unit returned: some tokenizers treat the start of a text differently
         self._held = ""
 
     def push(self, text: str) -> list[int]:
@@ -55,13 +55,13 @@ class TextFeed:
         return other
 
     def _tokens(self, text: str) -> list[int]:
-        """Tokens of `text` as it goes on from the last unit, which it replaces by its own."""
+        """Tokens of `text` as the continuation of the last unit, which is then replaced."""
         if not text:
             return []
-        border = len(self._before)
+        start = len(self._before)
         ids, offsets = tokenize(self._tokenizer, self._before + text)
         self._before = text[text.rfind(" ") :] if " " in text else text
-        first = next((index for index, (_, end) in enumerate(offsets) if end > border), len(ids))
-        if first < len(ids) and offsets[first][0] < border:  # a token across the border
+        first = next((index for index, (_, end) in enumerate(offsets) if end > start), len(ids))
+        if first < len(ids) and offsets[first][0] < start:  # a token across the start of `text`
             return tokenize(self._tokenizer, text)[0]
         return ids[first:]

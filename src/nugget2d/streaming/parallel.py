@@ -1,11 +1,11 @@
-"""A whole text as a stream would read it, all chunks at once: one decoder pass to train or measure on.
+"""The logits of a stream over a whole text, all chunks in one decoder pass, for training and evaluation.
 
 Three ways to the same logits, none of which touches model code:
 
-- `chunked`: every chunk is a row of its own, whose cache gathers, at every layer, the nuggets and the tau tokens
-  before it from the other rows. A query meets nuggets + tau + chunk keys instead of all, by any attention.
-- `flex`: one row, and a block mask for FlexAttention, which skips what nobody sees.
-- `dense`: one row, and a mask of all queries by all keys: simple, and what the others are held against.
+- `chunked`: every chunk is a row of its own, whose cache gathers, at every layer, the nuggets and the recent window
+  before it from the other rows. A query attends to nuggets + recent_window + chunk keys, by any attention.
+- `flex`: one row, and a block mask for FlexAttention, which skips blocks that are masked whole.
+- `dense`: one row, and a mask of all queries by all keys: the simple reference for the others.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from nugget2d.modeling.parameters import Role
 from nugget2d.streaming.layout import NEVER, Keys, Layout, Queries, joined
 
 Way = Literal["chunked", "flex", "dense"]
-_NOBODY = (NEVER, 0, 0)  # as `Keys`: padding, seen by no query
+_MASKED = (NEVER, 0, 0)  # as `Keys`: padding, seen by no query
 
 
 def mixed_logits(
@@ -38,19 +38,19 @@ def mixed_logits(
     *,
     role: Role = "decoder",
 ) -> Tensor:
-    """What the decoder predicts, reading whole tokens nearby and nuggets for what is farther away.
+    """The decoder's logits, from uncompressed recent tokens and the nuggets of older segments.
 
-    As `Stream` does, but for one thing: there the base, not the decoder, reads until the first segment is compressed.
-    They differ with adapters, not with copies.
+    `Stream` computes the same, except that there the base reads until the first segment is compressed. With adapters
+    base and decoder differ, with copies they do not.
 
     Args:
-        model: who reads.
-        nuggets: (B, segments * count) unpadded, keys at their positions in the text; None with one view.
+        model: encoder and decoder.
+        nuggets: (B, segments * count) unpadded, keys at their positions in the text; None with one step.
         ids: (B, layout.length) tokens.
-        layout: how the text is cut.
+        layout: how the text is divided.
         way: None takes flex on CUDA, chunked elsewhere, without nuggets (short texts, which FlexAttention may have no
             kernel for) and where a gradient has to reach the scorer.
-        role: who reads; the base has no heads before its whole tokens.
+        role: whose weights; the base has no sinks.
 
     Returns:
         (B, n, V): row t predicts ids[t + 1].
@@ -60,7 +60,7 @@ def mixed_logits(
     """
     if ids.shape[1] != layout.length:
         raise InputError(f"{ids.shape[1]} tokens, but the layout is one of {layout.length}")
-    model.require_positions(layout.length + 1, slots=layout.length + 1)
+    model.require_positions(layout.length + 1, states=layout.length + 1)
     if way is None:
         way = "flex" if ids.is_cuda and nuggets is not None and nuggets.bias is None else "chunked"
     if way == "chunked":
@@ -69,25 +69,25 @@ def mixed_logits(
 
 
 def parted(states: Tensor, batch: int, layout: Layout) -> tuple[Tensor, Tensor]:
-    """(rows, inputs, d) of any module in `mixed_logits` -> (batch, views, d) of heads, (batch, n, d) of tokens."""
+    """(rows, inputs, d) of any module in `mixed_logits` -> (batch, steps, d) of sinks, (batch, n, d) of tokens."""
     if len(states) == batch:  # in one row
-        return states[:, : layout.views], states[:, layout.views :]
+        return states[:, : layout.steps], states[:, layout.steps :]
     rows = _Rows(layout)
     states = states.unflatten(0, (batch, rows.count))
     return states[:, rows.lead :, 0], states[:, :, 1:].flatten(1, 2)[:, rows.padding :]
 
 
-# ---- one row: [heads | tokens] ----
+# ---- one row: [sinks | tokens] ----
 
 
 def _in_one_row(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layout, way: Way, role: Role) -> Tensor:
     device = ids.device
-    heads, head_keys = _head_places(model, layout, role)
+    sinks, sink_keys = _sink_places(model, layout, role)
     tokens, token_keys = layout.tokens(device)
-    queries = Queries(*(torch.cat(fields) for fields in zip(heads, tokens, strict=True)))
-    keys = joined([*_nugget_keys(nuggets, layout, device), head_keys, token_keys])
-    embeds = torch.cat([_heads(model, layout).expand(len(ids), -1, -1), model.embed(ids)], dim=1)
-    positions = torch.cat([heads.view * layout.chunk, tokens.order])
+    queries = Queries(*(torch.cat(fields) for fields in zip(sinks, tokens, strict=True)))
+    keys = joined([*_nugget_keys(nuggets, layout, device), sink_keys, token_keys])
+    embeds = torch.cat([_sinks(model, layout).expand(len(ids), -1, -1), model.embed(ids)], dim=1)
+    positions = torch.cat([sinks.step * layout.chunk, tokens.order])
     cache = DynamicCache(config=model.lm.config) if nuggets is None else nuggets.to_cache(model.lm.config)
     with model.parameters_by_role.role(role) as lm:
         if way == "dense":
@@ -104,7 +104,7 @@ def _block_mask(queries: Queries, keys: Keys) -> BlockMask:
     def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return Keys(*(field[key] for field in keys)).seen_by(Queries(*(field[query] for field in queries)))
 
-    return create_block_mask(seen, None, None, len(queries.view), len(keys.first), device=queries.view.device)
+    return create_block_mask(seen, None, None, len(queries.step), len(keys.first), device=queries.step.device)
 
 
 @contextmanager
@@ -117,33 +117,33 @@ def _attending(lm: PreTrainedModel, name: str) -> Iterator[None]:
         lm.set_attn_implementation(before)
 
 
-# ---- a row for each chunk: [head | chunk] ----
+# ---- a row for each chunk: [sink | chunk] ----
 
 
 def _by_rows(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layout, role: Role) -> Tensor:
     batch, device = len(ids), ids.device
     rows = _Rows(layout)
-    head_keys = _head_places(model, layout, role)[1]
+    sink_keys = _sink_places(model, layout, role)[1]
     token_keys = layout.tokens(device)[1]
-    view = rows.views(device)  # (C,)
-    own = rows.split(token_keys.order, 0)  # (C, chunk); the padding looks from before the first token
-    queries = Queries(view[:, None, None], torch.cat([torch.zeros_like(view)[:, None], own], dim=1)[..., None])
+    step = rows.steps(device)  # (C,)
+    own = rows.split(token_keys.order, 0)  # (C, chunk); the padding has a place before the first token
+    queries = Queries(step[:, None, None], torch.cat([torch.zeros_like(step)[:, None], own], dim=1)[..., None])
     nugget_keys = _nugget_keys(nuggets, layout, device)
-    parts = [Keys(*(rows.nuggets(f, fill) for f, fill in zip(part, _NOBODY, strict=True))) for part in nugget_keys]
-    padded = list(zip(token_keys, _NOBODY, strict=True))
+    parts = [Keys(*(rows.nuggets(f, fill) for f, fill in zip(part, _MASKED, strict=True))) for part in nugget_keys]
+    padded = list(zip(token_keys, _MASKED, strict=True))
     parts.append(Keys(*(rows.before(rows.pad(field, fill), fill) for field, fill in padded)))
-    parts.append(Keys(*(field[view][:, None] for field in head_keys)))
+    parts.append(Keys(*(field[step][:, None] for field in sink_keys)))
     parts.append(Keys(*(rows.split(field, fill) for field, fill in padded)))
     seen = joined(parts)
     mask = Keys(*(field[:, None] for field in seen)).seen_by(queries)  # (C, 1 + chunk, keys)
     embeds = torch.cat(
         [
-            _heads(model, layout)[:, view, None].expand(batch, -1, -1, -1),
+            _sinks(model, layout)[:, step, None].expand(batch, -1, -1, -1),
             model.embed(rows.split(ids, 0)),
         ],
         dim=2,
     )
-    positions = torch.cat([(view * layout.chunk)[:, None], own], dim=1).repeat(batch, 1)
+    positions = torch.cat([(step * layout.chunk)[:, None], own], dim=1).repeat(batch, 1)
     cache = _RowCache(model.lm.config, nuggets, rows, batch)
     bias = None
     if nuggets is not None and nuggets.bias is not None:
@@ -155,16 +155,16 @@ def _by_rows(model: Network, nuggets: Nuggets | None, ids: Tensor, layout: Layou
 
 
 class _Rows:
-    """Tokens of a text as rows of one chunk each, padded on the left so that view 0 ends with one."""
+    """Tokens of a text as rows of one chunk each, padded on the left so that step 0 ends with one."""
 
     def __init__(self, layout: Layout) -> None:
-        self.tau, self.chunk, self.layout = layout.tau, layout.chunk, layout
-        self.lead = -(-layout.tau // layout.chunk)  # chunks before the first that has tau tokens behind it
-        self.padding = self.lead * layout.chunk - layout.tau
-        self.count = self.lead + layout.views
+        self.recent_window, self.chunk, self.layout = layout.recent_window, layout.chunk, layout
+        self.lead = -(-layout.recent_window // layout.chunk)  # chunks before the first that has a full window before it
+        self.padding = self.lead * layout.chunk - layout.recent_window
+        self.count = self.lead + layout.steps
 
-    def views(self, device: torch.device) -> Tensor:
-        """(C,) the view of each row."""
+    def steps(self, device: torch.device) -> Tensor:
+        """(C,) the step of each row."""
         return (torch.arange(self.count, device=device) - self.lead).clamp(min=0)
 
     def pad(self, values: Tensor, fill: int) -> Tensor:
@@ -176,21 +176,22 @@ class _Rows:
         return self.pad(values, fill).unflatten(-1, (self.count, self.chunk))
 
     def before(self, values: Tensor, fill: int) -> Tensor:
-        """(..., C * chunk) -> (..., C, tau): the tokens before each row."""
-        return F.pad(values, (self.tau, 0), value=fill).unfold(-1, self.tau, self.chunk)[..., : self.count, :]
+        """(..., C * chunk) -> (..., C, recent_window): the tokens before each row."""
+        padded = F.pad(values, (self.recent_window, 0), value=fill)
+        return padded.unfold(-1, self.recent_window, self.chunk)[..., : self.count, :]
 
     def nuggets(self, values: Tensor, fill: int) -> Tensor:
-        """(..., nuggets) -> (..., C, those within a row's reach)."""
-        reach, segments = self.layout.reach, self.layout.segments
-        if reach is None or reach >= segments:
+        """(..., nuggets) -> (..., C, those that are visible to a row)."""
+        visible, segments = self.layout.visible_segments, self.layout.segments
+        if visible is None or visible >= segments:
             return values[..., None, :].expand(*values.shape[:-1], self.count, -1)
         count = values.shape[-1] // segments
-        views = F.pad(values, (reach * count, 0), value=fill).unfold(-1, reach * count, count)
-        return views[..., self.views(values.device), :]
+        windows = F.pad(values, (visible * count, 0), value=fill).unfold(-1, visible * count, count)
+        return windows[..., self.steps(values.device), :]
 
 
 class _RowCache(DynamicCache):
-    """Gives every row its keys and values, [nuggets | tau tokens of the rows before | own], and keeps none."""
+    """Gives every row its keys and values, [nuggets | window from the rows before | own], and keeps none."""
 
     def __init__(self, config: PreTrainedConfig, nuggets: Nuggets | None, rows: _Rows, batch: int) -> None:
         super().__init__(config=config)
@@ -206,7 +207,7 @@ class _RowCache(DynamicCache):
         return self._gather([keys], key_states), self._gather([values], value_states)
 
     def _gather(self, memory: Sequence[Tensor], states: Tensor) -> Tensor:
-        """(B * C, heads, 1 + chunk, d) -> (B * C, heads, nuggets in reach + tau + 1 + chunk, d)."""
+        """(B * C, heads, 1 + chunk, d) -> (B * C, heads, visible nuggets + recent_window + 1 + chunk, d)."""
         rows = self._rows
         tokens = states[:, :, 1:].unflatten(0, (self._batch, rows.count))  # (B, C, heads, chunk, d)
         text = tokens.permute(0, 2, 4, 1, 3).flatten(-2)  # (B, heads, d, C * chunk)
@@ -218,16 +219,16 @@ class _RowCache(DynamicCache):
 # ---- shared ----
 
 
-def _heads(model: Network, layout: Layout) -> Tensor:
-    """(1, views, d) embeddings of the heads: the start token (any, where there is none), then soft prompts."""
+def _sinks(model: Network, layout: Layout) -> Tensor:
+    """(1, steps, d) embeddings of the sinks: the start token (any, where there is none), then soft prompts."""
     start = model.embed(torch.tensor([[model.start_token or 0]], device=model.device))
     prompts = model.prompt("continue", layout.segments).transpose(0, 1).to(start.dtype)
     return torch.cat([start, prompts], dim=1)
 
 
-def _head_places(model: Network, layout: Layout, role: Role) -> tuple[Queries, Keys]:
+def _sink_places(model: Network, layout: Layout, role: Role) -> tuple[Queries, Keys]:
     decodes = role == "decoder"
-    return layout.heads(model.device, start=decodes and model.start_token is not None, prompts=decodes)
+    return layout.sinks(model.device, start=decodes and model.start_token is not None, prompts=decodes)
 
 
 def _nugget_keys(nuggets: Nuggets | None, layout: Layout, device: torch.device) -> list[Keys]:

@@ -1,4 +1,4 @@
-"""What has left the window: segments of the stream as nuggets, and where the decoder reads them."""
+"""The compressed part of a stream: segments as nuggets, and the positions at which the decoder reads them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,18 +14,18 @@ from nugget2d.methods.nugget.method import NuggetMethod
 from nugget2d.modeling.cache import Nuggets
 from nugget2d.modeling.network import Network
 from nugget2d.modeling.selection import next_count
-from nugget2d.streaming.thinning import thin
+from nugget2d.streaming.eviction import evict
 from nugget2d.text.segmentation import TextSegment, spans_of
 
 
 @dataclass(frozen=True)
 class Past:
-    """Consecutive segments, oldest first, each a memory of its own: states shared with older `Past`s, never copied.
+    """Consecutive segments, oldest first, each a memory of its own: states are shared with older `Past`s, not copied.
 
     Attributes:
         memories: of one segment each.
-        tokens: all tokens that ever left the window.
-        given: all nuggets that were ever made of them.
+        tokens: all tokens that have left the window.
+        given: all nuggets that were made of them, evicted ones included.
     """
 
     memories: tuple[Memory, ...] = ()
@@ -34,7 +34,7 @@ class Past:
 
     @staticmethod
     def of(model: Network, memory: Memory) -> "Past":
-        """The past that `memory` stands for, in the precision of the segments that will follow."""
+        """The segments of `memory`, in the precision of the segments that will follow."""
         memory = replace(memory, exact=None).to(native_dtype(model))
         parts = tuple(memory.segment(number) for number in range(len(memory.segments)))
         return Past(parts, memory.num_tokens, memory.num_nuggets)
@@ -49,7 +49,7 @@ class Past:
         """This past and one more segment, its nuggets by ratio or by score; at most `most` are kept in all."""
         selection = model.config.selection
         if isinstance(rule, Threshold):
-            # of the last token, always a nugget, the score does not matter: the best so many are those above
+            # the last token is always a nugget; the others above the threshold are the `count` - 1 best
             scores = model.token_scores(torch.tensor([ids], device=model.device))[0, :-1]
             selection, count = "learned", 1 + int((scores > rule.value).sum())
         else:
@@ -60,31 +60,32 @@ class Past:
         return longer.within(most)
 
     def within(self, most: int | None) -> "Past":
-        """This past with at most so many nuggets (thinning.py); None keeps all."""
-        return self if most is None else replace(self, memories=thin(self.memories, most))
+        """This past with at most so many nuggets (eviction.py); None keeps all."""
+        return self if most is None else replace(self, memories=evict(self.memories, most))
 
     def memory(self) -> Memory:
         """All segments as one memory."""
         return Memory.join(self.memories)
 
-    def nuggets(self, model: Network, border: int) -> Nuggets | None:
-        """The nuggets that the decoder reads, as if the text ended before position `border`.
+    def nuggets(self, model: Network, memory_length: int) -> Nuggets | None:
+        """The nuggets that the decoder reads at positions 0 .. `memory_length` - 1.
 
-        Every nugget stands as far from the border as its token did. Those that would stand before position 0 are not
-        read: the model was not trained to look back so far.
+        A nugget keeps the distance that its token had to the end of the compressed text. Nuggets that would get a
+        negative position are not read: the model was not trained on such distances.
         """
         read: list[Memory] = []
-        reach = 0
+        covered = 0  # tokens of the memories in `read`
         for memory in reversed(self.memories):
-            if reach >= border:
+            if covered >= memory_length:
                 break
             read.insert(0, memory)
-            reach += memory.num_tokens
+            covered += memory.num_tokens
         if not read:
             return None
         joined = Memory.join(read)
-        first = int((torch.tensor(joined.positions) + border - reach < 0).sum())
-        return placed_nuggets(model, joined.kv, joined.offsets[first:] + border - reach, first)
+        shift = memory_length - covered
+        first = int((torch.tensor(joined.positions) + shift < 0).sum())
+        return placed_nuggets(model, joined.kv, joined.offsets[first:] + shift, first)
 
 
 def _as_segment(model: Network, ids: Sequence[int]) -> TextSegment:

@@ -1,9 +1,10 @@
-"""`Stream`: a language model that reads without end in bounded memory.
+"""`Stream`: a language model that reads text of any length in bounded memory.
 
-The last tokens are whole, at least `tau` of them. When there are tau + chunk and another comes, the oldest chunk is
-compressed, by itself, exactly as `Nugget2D.compress` would, and its nuggets take its place. So every token of a chunk
-sees the same nuggets, and it does not matter in how many pieces a text arrives. (The published method computes
-nuggets inside the stream, each seeing the nuggets before it, instead of segment by segment.)
+The last tokens are uncompressed, at least `recent_window` of them (tau in the paper). When there are recent_window +
+chunk and another comes, the oldest chunk is compressed by itself, exactly as by `Nugget2D.compress`, and its nuggets
+replace it. So all tokens of a chunk see the same nuggets, and results do not depend on how a text is divided into
+calls. (The published method computes nuggets inside the stream, each seeing the nuggets before it, instead of segment
+by segment.)
 """
 
 import copy
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from nugget2d.deprecation import RenamedAttribute, renamed_keywords
 from nugget2d.errors import InputError, ModelError
 from nugget2d.inference.prompting import stop_tokens
 from nugget2d.inference.sampling import Sampler
@@ -29,31 +31,35 @@ Tokens = str | Sequence[int] | Tensor
 
 
 class Stream:
-    """Made by `Nugget2D.stream`. What it has read is `memory()` and the whole tokens after it.
+    """Made by `Nugget2D.stream`; it holds nuggets of the older text, and the recent tokens uncompressed.
 
-    At any time the decoder's cache holds at most tau + chunk whole tokens, one head and the nuggets that are within its
-    reach; the cache before the last slide is kept beside it, for `rewind`.
+    The decoder's cache has at most recent_window + chunk uncompressed tokens, one sink and the nuggets that fit into
+    `config.context`. The cache before the last slide is kept beside it, for `rewind`.
 
     Attributes:
-        tau: whole tokens that there are at least, once so many have been read.
+        recent_window: uncompressed tokens that there are at least, once so many have been read.
         chunk: tokens that are compressed at a time.
     """
 
+    tau = RenamedAttribute("recent_window")
+    num_whole = RenamedAttribute("num_uncompressed")
+
+    @renamed_keywords(tau="recent_window")
     def __init__(
         self,
         model: Network,
-        tau: int,
+        recent_window: int,
         ratio: float | None,
         max_nuggets: int | None,
         chunk: int | None,
         memory: Memory | None,
     ) -> None:
         """See `Nugget2D.stream`."""
-        self.tau, self.chunk = tau, model.config.window if chunk is None else chunk
+        self.recent_window, self.chunk = recent_window, model.config.window if chunk is None else chunk
         self._model, self._most = model, max_nuggets
         self._rule = model.config.threshold or DEFAULT_RATIO if ratio is None else ratio
-        _check(model, tau, ratio, max_nuggets, self.chunk)
-        self._farthest = _room(model, self.chunk) - tau  # where the border stops
+        _check(model, recent_window, ratio, max_nuggets, self.chunk)
+        self._most_positions = _room(model, self.chunk) - recent_window  # for nuggets
         past = Past()
         if memory is not None:
             model.require(memory)
@@ -62,7 +68,7 @@ class Stream:
         self._window = self._open(past)
         self._before: Window | None = None
 
-    # ---- figures ----
+    # ---- sizes ----
 
     @property
     def num_tokens(self) -> int:
@@ -70,19 +76,19 @@ class Stream:
         return self._window.past.tokens + len(self._window.ids)
 
     @property
-    def num_whole(self) -> int:
-        """Tokens that are whole."""
+    def num_uncompressed(self) -> int:
+        """Tokens that are uncompressed."""
         return len(self._window.ids)
 
     @property
     def num_nuggets(self) -> int:
-        """Nuggets held, whether or not they are within the decoder's reach."""
+        """Nuggets held, whether or not their positions fit into `config.context`."""
         return self._window.past.num_nuggets
 
     @property
     def cache_size(self) -> int:
         """States that the decoder's cache holds at every layer."""
-        return self._window.slots
+        return self._window.num_states
 
     @property
     def nbytes(self) -> int:
@@ -91,30 +97,32 @@ class Stream:
 
     # ---- reading ----
 
-    def append(self, piece: Tokens) -> int:
-        """Read on, and return how many tokens that were.
+    @renamed_keywords(piece="tokens")
+    def append(self, tokens: Tokens) -> int:
+        """Read `tokens`, and return how many were read.
 
         Args:
-            piece: text, or ids (any 1-D sequence). The last word of a text is held back until it is known to have
+            tokens: text, or ids (any 1-D sequence). The last word of a text is held back until it is known to have
                 ended: by more text, ids, or anything that asks for what comes next.
 
         Raises:
             InputError: lone surrogates, or ids that are no tokens of this model; the stream stays as it was.
         """
-        ids = self._ids(piece)
+        ids = self._ids(tokens)
         for block in self._blocks(ids):
             self._window.read(block)
         return len(ids)
 
-    def append_scored(self, piece: Tokens) -> Tensor:
-        """Read on, to the last word, and return the negative log-likelihoods of the tokens read, in nats: (n,) float32.
+    @renamed_keywords(piece="tokens")
+    def append_scored(self, tokens: Tokens) -> Tensor:
+        """Read `tokens`, the last word too, and return their negative log-likelihoods in nats, (n,) float32.
 
         The very first token is not among them if nothing predicts it (no start token).
 
         Raises:
             InputError: as `append`.
         """
-        ids = [*self._ids(piece), *self._feed.flush()]
+        ids = [*self._ids(tokens), *self._feed.flush()]
         losses = [torch.zeros(0)]
         for block in self._blocks(ids):
             first = self._window.logits
@@ -125,13 +133,14 @@ class Stream:
             losses.append(token_losses(logits[None], targets[None])[0].cpu())
         return torch.cat(losses)
 
-    def score(self, piece: Tokens) -> float:
-        """Mean negative log-likelihood of `piece` if it came next, in nats per token; it is not read.
+    @renamed_keywords(piece="tokens")
+    def score(self, tokens: Tokens) -> float:
+        """Mean negative log-likelihood of `tokens` as the continuation, in nats per token; they are not read.
 
         Raises:
             InputError: as `append`; no token to score.
         """
-        losses = self._fork().append_scored(piece)
+        losses = self._fork().append_scored(tokens)
         if not len(losses):
             raise InputError("nothing to score: the text is empty or a single token that nothing predicts")
         return float(losses.mean())
@@ -145,11 +154,11 @@ class Stream:
         """
         self._finish()
         if self._window.logits is None:
-            raise InputError("nothing to go on from: append something first")
+            raise InputError("nothing to continue: append something first")
         return self._window.logits
 
     def generate(self, prompt: str = "", *, max_new_tokens: int = 64, temperature: float = 0.0) -> Iterator[str]:
-        """Read `prompt`, then write on; what is written is read too, so that the stream goes on after it.
+        """Read `prompt` and generate a continuation, which the stream reads too.
 
         Args:
             prompt: what to continue; may be empty.
@@ -157,39 +166,39 @@ class Stream:
             temperature: of sampling; 0 takes the likeliest token every time.
 
         Returns:
-            Pieces of text, each made when it is asked for: stop asking to stop writing.
+            Parts of the text, each generated when it is asked for: stop iterating to stop generating.
 
         Raises:
             InputError: as `append`; max_new_tokens below 1, a temperature that is negative or not a number, nothing to
-                go on from.
+                continue.
         """
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         sampler = Sampler(temperature, seed=int(torch.randint(1 << 62, ())))  # repeatable by torch.manual_seed
         self.append(prompt)
-        _ = self.logits  # an empty stream is refused here, not at the first piece
+        _ = self.logits  # an empty stream is refused here, not at the first part
         return self._texts(self._write(max_new_tokens, sampler))
 
     def rewind(self, count: int) -> None:
-        """Take back the last `count` tokens, as if they had never been read.
+        """Undo the last `count` tokens, as if they had not been read.
 
         Raises:
-            InputError: more than are still whole; at least the last `chunk` tokens always are.
+            InputError: more than can be undone; at least the last `chunk` tokens can.
         """
         self._finish()
         window, before = self._window, self._before
         most = window.rewindable if before is None else window.fresh + before.rewindable
         if not 0 <= count <= most:
-            raise InputError(f"cannot take back {count} tokens: the last {most} can still be taken back, no others")
+            raise InputError(f"cannot rewind {count} tokens: the last {most} can still be undone, no others")
         if before is not None and count >= window.fresh:
             self._window, self._before = before, None
             count -= window.fresh
         self._window.rewind(count)
 
     def memory(self) -> Memory:
-        """Everything read, as a memory; of `max_nuggets`, what is still held. The stream stays as it is.
+        """Everything read, as a memory, except for nuggets that were evicted (`max_nuggets`). The stream is unchanged.
 
-        Whole tokens become nuggets in it too, so a stream that goes on from it does not go on exactly as this one.
+        Uncompressed tokens are compressed for it too, so a stream that starts from it predicts slightly differently.
 
         Raises:
             InputError: nothing was read.
@@ -199,16 +208,16 @@ class Stream:
         for start in range(0, len(ids), self.chunk):
             past = past.add(self._model, ids[start : start + self.chunk], self._rule, self._most)
         if not past.memories:
-            raise InputError("nothing was read: there is nothing to remember")
+            raise InputError("nothing was read: there is nothing to compress")
         return past.memory()
 
-    # ---- how ----
+    # ---- internals ----
 
-    def _ids(self, piece: Tokens) -> list[int]:
-        """Tokens to read now."""
-        if isinstance(piece, str):
-            return self._feed.push(piece)
-        ids = piece.flatten().tolist() if isinstance(piece, Tensor) else list(piece)
+    def _ids(self, tokens: Tokens) -> list[int]:
+        """Ids to read now."""
+        if isinstance(tokens, str):
+            return self._feed.push(tokens)
+        ids = tokens.flatten().tolist() if isinstance(tokens, Tensor) else list(tokens)
         size = self._model.lm.config.vocab_size
         for index, token in enumerate(ids):
             if not isinstance(token, int) or not 0 <= token < size:
@@ -224,23 +233,23 @@ class Stream:
         """`ids` in blocks for which there is room in the window, after sliding it."""
         done = 0
         while done < len(ids):
-            if self.num_whole == self.tau + self.chunk:
+            if self.num_uncompressed == self.recent_window + self.chunk:
                 self._slide()
-            room = self.tau + self.chunk - self.num_whole
+            room = self.recent_window + self.chunk - self.num_uncompressed
             yield list(ids[done : done + room])
             done += room
 
     def _slide(self) -> None:
         before = self._window
         past = before.past.add(self._model, before.ids[: self.chunk], self._rule, self._most)
-        self._window = before.slide(self.chunk, past, self._border(past))
+        self._window = before.slide(self.chunk, past, self._memory_length(past))
         self._before = before
 
-    def _border(self, past: Past) -> int:
-        return min(past.tokens, self._farthest)
+    def _memory_length(self, past: Past) -> int:
+        return min(past.tokens, self._most_positions)
 
     def _open(self, past: Past) -> Window:
-        return Window.open(self._model, past, self._border(past))
+        return Window.open(self._model, past, self._memory_length(past))
 
     def _fork(self) -> "Stream":
         """Another stream in the same state, which cannot be rewound across the last slide."""
@@ -268,14 +277,14 @@ class Stream:
 
 
 def _room(model: Network, chunk: int) -> int:
-    """Positions for tau and nuggets: one is the head's, and of a sliding window of W a cache keeps W - 1."""
+    """Positions for recent window and nuggets: one is the sink's, and a cache keeps W - 1 of a sliding window of W."""
     return model.config.context - 2 - chunk
 
 
-def _check(model: Network, tau: int, ratio: float | None, most: int | None, chunk: int) -> None:
-    """Refuse what cannot be streamed."""
-    if tau < 1:
-        raise InputError(f"tau must be at least 1 token, got {tau}")
+def _check(model: Network, recent_window: int, ratio: float | None, most: int | None, chunk: int) -> None:
+    """Refuse settings that cannot be streamed with."""
+    if recent_window < 1:
+        raise InputError(f"recent_window must be at least 1 token, got {recent_window}")
     if ratio is not None and not ratio >= 1:
         raise InputError(f"ratio must be at least 1 (1 keeps every token), got {ratio}")
     if most is not None and most < 1:
@@ -283,11 +292,11 @@ def _check(model: Network, tau: int, ratio: float | None, most: int | None, chun
     config = model.config
     if not 1 <= chunk <= config.window:
         raise InputError(f"chunk must be from 1 to the {config.window} tokens of {config.name!r}'s window, got {chunk}")
-    largest = _room(model, chunk) - chunk  # at least one chunk of nuggets within reach
-    if tau > largest:
+    largest = _room(model, chunk) - chunk  # room for the nuggets of one chunk at least
+    if recent_window > largest:
         raise InputError(
-            f"tau is {tau}, but {config.name!r} was trained on contexts of {config.context} tokens: with chunks of "
-            f"{chunk} it can be {largest} at most"
+            f"recent_window is {recent_window}, but {config.name!r} was trained on contexts of {config.context} "
+            f"tokens: with chunks of {chunk} it can be {largest} at most"
         )
     try:
         _ = model.rotation

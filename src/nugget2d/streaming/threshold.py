@@ -14,8 +14,8 @@ BATCH_ROWS = 64
 def calibrate_threshold(model: Network, ids: Tensor, ratio: float) -> float:
     """The threshold that makes one in `ratio` tokens of sample text a nugget.
 
-    The text is cut as a stream cuts it. The last token of a segment is a nugget whatever it scores, so that many fewer
-    have to be above.
+    The text is cut as a stream cuts it. The last token of each segment is a nugget whatever its score, so one token
+    fewer per segment has to be above the threshold.
 
     Args:
         model: its scorer is used; its selection must be "learned".

@@ -1,1 +1,1 @@
-"""Text in, text out: tokens, segments, and the detokenizer of streamed answers."""
+"""Tokenization, segmentation, special tokens, and the detokenizer of streamed answers."""

@@ -1,4 +1,4 @@
-"""Tokens to text as they come: whole characters only, and nothing of a stop string."""
+"""Incremental detokenization: complete characters only, and no part of a stop string."""
 
 from collections.abc import Iterable, Sequence
 
@@ -13,14 +13,14 @@ UNFINISHED = 3
 class IncrementalDetokenizer:
     """The text of tokens that continue other text, as soon as it is certain; special tokens have none.
 
-    What is given out, all together, is the text of all tokens: a streamed answer is the same as a whole one.
+    The returned parts concatenate to the text of all tokens: a streamed answer equals one that is not streamed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Nothing yet."""
         self._tokenizer = tokenizer
-        # Tokens decoded last. Tokenizers of the Llama 2 family drop a space at the start of whatever they decode, so
-        # nothing is decoded at a start; a line end stands before the first token.
+        # Tokens decoded last. Tokenizers of the Llama 2 family drop a space at the start of what they decode, so
+        # nothing is decoded at a start: a line end is put before the first token.
         self._before = tokenize(tokenizer, "\n")[0]
         self._before_text = self._decode(self._before)
         self._held: list[int] = []
@@ -31,18 +31,18 @@ class IncrementalDetokenizer:
         text = self._text(self._held)
         if not text.endswith(REPLACEMENT):
             return self._release(len(self._held), text)
-        # bytes that will never be a character must not hold back what follows them
+        # invalid bytes, which never become a character, must not hold back the text after them
         count = max(len(self._held) - UNFINISHED, 0)
         certain = self._text(self._held[:count])
         return self._release(count, certain) if text.startswith(certain) else ""
 
     def finish(self) -> str:
-        """The rest, when no token comes any more."""
+        """The rest, after the last token."""
         return self._release(len(self._held), self._text(self._held))
 
     def _release(self, count: int, text: str) -> str:
-        """Give out `text`, that of the first `count` tokens that are held."""
-        if text:  # special tokens do not make the next token any less the start
+        """Return `text`, that of the first `count` held tokens, which are held no longer."""
+        if text:  # after special tokens, which have no text, the next token is still at the start
             self._before = self._held[:count]
             self._before_text = self._decode(self._before)
         self._held = self._held[count:]
@@ -57,7 +57,7 @@ class IncrementalDetokenizer:
 
 
 def detokenize_answer(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
-    """The text of all `ids`, exactly what an `IncrementalDetokenizer` gives out for them."""
+    """The text of all `ids`, as an `IncrementalDetokenizer` returns it."""
     detokenizer = IncrementalDetokenizer(tokenizer)
     return "".join([*map(detokenizer.push, ids), detokenizer.finish()])
 
@@ -66,7 +66,7 @@ class StopStrings:
     """Ends a text before the first of some strings; an end that one of them could begin with is held back.
 
     Attributes:
-        found: one has come; nothing after it counts.
+        found: one was found; text after it is dropped.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
@@ -87,13 +87,13 @@ class StopStrings:
         return text
 
     def finish(self) -> str:
-        """The text that is held, when no more comes."""
+        """The held text, after the last part."""
         text, self._held = self._held, ""
         return text
 
 
 class Transcript:
-    """The text of one answer as its tokens come, up to a stop string.
+    """The text of one answer from its tokens, up to a stop string.
 
     Attributes:
         num_tokens: tokens pushed.
@@ -106,7 +106,7 @@ class Transcript:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has come."""
+        """Whether a stop string was found."""
         return self._stop.found
 
     def push(self, token: int) -> str:
@@ -115,7 +115,7 @@ class Transcript:
         return self._stop.push(self._detokenizer.push(token))
 
     def finish(self) -> str:
-        """The rest, when no token comes any more."""
+        """The rest, after the last token."""
         return self._stop.push(self._detokenizer.finish()) + self._stop.finish()
 
 

@@ -1,4 +1,4 @@
-"""Text to tokens, and long texts to segments that a model was trained to compress."""
+"""Tokenization, and the segmentation of long texts into lengths that a model was trained on."""
 
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -71,10 +71,10 @@ def detokenize(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def tokenize_after(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of `text` where it goes on from other text.
+    """Token ids of `text` as the continuation of other text.
 
-    Some tokenizers (of the Llama 2 family) put a space before whatever they are given, which would break the words
-    here. So `text` is tokenized after a line end, unless the two would merge.
+    Some tokenizers (of the Llama 2 family) put a space before every text, which would be wrong within a text. So `text`
+    is tokenized after a line end, unless the two would merge.
 
     Raises:
         InputError: see `tokenize`.
@@ -117,7 +117,7 @@ def split(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> list[Te
     """Cut `text` into segments of at most about `window` tokens whose texts concatenate to `text`.
 
     A cut prefers the last sentence end in the second half of the window, then a line end, a space, any character
-    border. Each segment is tokenized by itself, so it can come out a token or two longer than `window` where a cut
+    boundary. Each segment is tokenized by itself, so it can come out a token or two longer than `window` where a cut
     changes how its neighbours merge. Linear in the text.
     """
     ids, offsets = tokenize(tokenizer, text)

@@ -1,4 +1,4 @@
-"""Special tokens in text: those of a chat template count as such, those that a client wrote out are ordinary text."""
+"""Special tokens in rendered text: those of the template are tokens, those written in a message ordinary text."""
 
 import re
 from collections.abc import Sequence

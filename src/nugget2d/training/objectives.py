@@ -93,12 +93,12 @@ def stream_loss(
     """Autoregressive mode: the likelihood of a text that is read as a stream reads it (Nugget2D, section 3.3).
 
     (B, layout.length) ids: each of its segments becomes `count` nuggets; a token sees the segments that have left it
-    behind as nuggets, and at least tau tokens before it uncompressed. The loss is of those that see nuggets. Returned
-    with it are the nuggets, a row for each segment.
+    behind as nuggets, and at least recent_window tokens before it uncompressed. The loss is of those that see nuggets.
+    Returned with it are the nuggets, a row for each segment.
     """
     contexts = Contexts(ids, layout.segments, layout.chunk, [count] * len(ids), selection, generator)
     nuggets, encoded = contexts.memories(model)
-    first = layout.tau + layout.chunk
+    first = layout.recent_window + layout.chunk
     return token_losses(mixed_logits(model, nuggets, ids, layout)[:, first:-1], ids[:, first + 1 :]).mean(), encoded
 
 

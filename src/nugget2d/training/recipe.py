@@ -181,7 +181,7 @@ class StreamConfig(Frozen):
 
     def layout(self, recent_window: int, chunk: int, visible_segments: int | None = None) -> Layout:
         """The text of one step."""
-        return Layout(tau=recent_window, chunk=chunk, views=self.context // chunk + 1, reach=visible_segments)
+        return Layout(recent_window, chunk, self.context // chunk + 1, visible_segments)
 
     @property
     def longest(self) -> int:

@@ -56,7 +56,7 @@ def train(recipe_path: Path, *, out: Path | None = None, fresh: bool = False) ->
             if processes.first:
                 last = (folder / "compress" / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1]
                 metrics = json.loads(last)["held_out"]
-                save(model, folder / "model", torch.bfloat16, figures=metrics, state=state)
+                save(model, folder / "model", torch.bfloat16, metrics=metrics, state=state)
         processes.wait()
     return folder
 

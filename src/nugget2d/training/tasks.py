@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nugget2d.config import SelectionName
-from nugget2d.evaluation.held_out import held_out_figures
+from nugget2d.evaluation.held_out import held_out_metrics
 from nugget2d.model import Nugget2D
 from nugget2d.modeling.losses import token_losses
 from nugget2d.modeling.network import Encoded
@@ -132,7 +132,7 @@ class CompressTask:
         counts = [count_nuggets([length], one)[0] for one in ratios]
         if objective == "uniform":
             ids = torch.randint(len(self.model.tokenizer), ids.shape, generator=own).to(ids.device)
-        layout = Layout(tau=0, chunk=ids.shape[1], views=1)
+        layout = Layout(recent_window=0, chunk=ids.shape[1], steps=1)
         if continuation:
             loss = continuation(self.model, Contexts(ids, segments, length, counts, selection, own))
             return loss, ids, layout, None
@@ -141,7 +141,7 @@ class CompressTask:
 
     def _plain(self, length: int, own: torch.Generator) -> _Computed:
         ids = self._draw(length, own)
-        return lm_loss(self.model, ids), ids[:, :-1], Layout(tau=0, chunk=length - 1, views=1), None
+        return lm_loss(self.model, ids), ids[:, :-1], Layout(recent_window=0, chunk=length - 1, steps=1), None
 
     def _streamed(
         self, ratio: float, selection: SelectionName, shared: torch.Generator, own: torch.Generator
@@ -171,7 +171,7 @@ class CompressTask:
         return ids.to(self.model.device)
 
     def evaluate(self) -> dict[str, Any]:
-        """Metrics on held-out windows, see `held_out_figures`."""
+        """Metrics on held-out windows, see `held_out_metrics`."""
         stage = self.stage
         windows = self.held_out.spread(stage.evaluate_windows, stage.longest_window + stage.target)
-        return held_out_figures(self.model, windows, stage.longest_window, (4, 10, 20))
+        return held_out_metrics(self.model, windows, stage.longest_window, (4, 10, 20))

@@ -1,1 +1,1 @@
-"""Language modelling with bounded memory: several ways to read a long text when no query sees more than S states."""
+"""Language modelling with bounded memory: methods to read long texts with at most S states per query."""

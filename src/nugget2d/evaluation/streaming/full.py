@@ -1,4 +1,4 @@
-"""The base LM alone, over the last tokens behind a start token, as it was trained to read."""
+"""Baseline: the base LM on a sliding window of the last tokens after a start token, recomputed at each stride."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Full:
-    """Computes the window anew for each `stride` tokens: states of tokens that have left it are in no way used.
+    """Recomputes the window for each `stride` tokens, so that tokens that have left it have no influence.
 
     Attributes:
         model: its base reads.
@@ -44,10 +44,11 @@ class Full:
 
 
 def equal_text(model: Network, text: int, chunk: int) -> Full:
-    """Over as many tokens as nuggets and whole tokens stand for, or a few more.
+    """A window of as many tokens as nuggets and uncompressed tokens stand for, or a few more.
 
-    A stride of an eighth of the text: by the chunk, every token would be computed dozens of times. The first query of a
-    stride sees as much as one of the others at least, the last up to an eighth more, and the start token besides.
+    The stride is an eighth of the text: with that of a chunk, every token would be computed dozens of times. The first
+    query of a stride sees at least as many tokens as with the other methods, the last up to an eighth more, and both
+    the start token as well.
     """
     stride = max(chunk, text // 8)
     return Full(model, text + stride - chunk + 1, stride)

@@ -1,4 +1,4 @@
-"""The rows of the table."""
+"""The methods that are compared, by name."""
 
 from nugget2d.config import SelectionName
 from nugget2d.evaluation.streaming.full import Full, equal_text
@@ -12,7 +12,7 @@ SELECTIONS: tuple[SelectionName, ...] = ("even", "random", "learned")
 
 
 def readers(model: Network, pooled: Network | None, budget: Budget) -> dict[str, Reader]:
-    """Every method within `budget`, by name; the first is what others are held against."""
+    """Every method within `budget`, by name; the first is the reference."""
     found: dict[str, Reader] = {OURS: Compressed(model, budget)}
     for selection in SELECTIONS:
         if selection != model.config.selection:

@@ -1,4 +1,4 @@
-"""Nuggets of what is far, whole tokens nearby: what `Stream` computes token by token, all chunks at once.
+"""Nuggets of older tokens and uncompressed recent ones, as `Stream` does, with all chunks computed at once.
 
 Pooled memories (the Compressive Transformer, arXiv 1911.05507, with its mean pooling) are read in the same way.
 """
@@ -20,7 +20,7 @@ from nugget2d.streaming.parallel import mixed_logits
 
 @dataclass(frozen=True)
 class Compressed:
-    """`Stream` with tau, chunk and max_nuggets of the budget.
+    """`Stream` with recent_window, chunk and max_nuggets of the budget.
 
     Attributes:
         model: encodes and decodes.
@@ -36,14 +36,18 @@ class Compressed:
     def __call__(self, ids: Tensor, first: int) -> Tensor:
         """See `Reader`."""
         budget = self.budget
-        reach = budget.nuggets // budget.each
-        layout = Layout.over(len(ids) - 1, tau=budget.tau, chunk=budget.chunk, reach=reach)
+        layout = Layout.over(
+            len(ids) - 1,
+            recent_window=budget.recent_window,
+            chunk=budget.chunk,
+            visible_segments=budget.nuggets // budget.each,
+        )
         padded = torch.nn.functional.pad(ids[:-1], (0, layout.length - len(ids) + 1))[None]
         logits = mixed_logits(self.model, self._nuggets(padded, layout), padded, layout)
         return token_losses(logits[:, first - 1 : len(ids) - 1], ids[None, first:])[0]
 
     def _nuggets(self, ids: Tensor, layout: Layout) -> Nuggets:
-        """(1, segments * each) nuggets of all segments, keys at their places in the text."""
+        """(1, segments * each) nuggets of all segments, keys at their positions in the text."""
         rows = ids[0, : layout.segments * layout.chunk].view(-1, layout.chunk)
         count, size = self.budget.each, len(rows)
         encoded = self.model.encode(rows, [layout.chunk] * size, [count] * size, selection=self.selection)

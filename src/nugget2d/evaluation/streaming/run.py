@@ -1,4 +1,4 @@
-"""Corpora, budgets and methods, cell by cell, into a file that a later run goes on from."""
+"""Runs the benchmark of language modelling over corpora, budgets and methods; a later run resumes from its file."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ REPORT_FILE = "lm.json"
 
 
 class LmSettings(Frozen):
-    """All that cells of one report have in common.
+    """The settings that all cells of a report share.
 
     Attributes:
         config: the model's own.
@@ -57,7 +57,7 @@ class LmSettings(Frozen):
 
     @property
     def warm_up(self) -> int:
-        """First tokens of a block, not scored: nobody has his whole past before, in any column."""
+        """First tokens of a block, not scored: before them no method has all the states that a budget allows."""
         return max(budget.text for budget in self.budgets)
 
 
@@ -146,7 +146,7 @@ def run_lm(
 
 
 def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The figures of every cell, with 95 % intervals over blocks.
+    """The metrics of every cell, with 95 % intervals over blocks.
 
     `more` is by how many per cent the method's perplexity per token is above Nugget2D's on the same blocks (paired).
     """

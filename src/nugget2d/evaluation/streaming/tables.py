@@ -1,21 +1,21 @@
-"""A report on language modelling with bounded states as Markdown, ready for docs/RESULTS.md."""
+"""A report on language modelling with bounded states as Markdown, for docs/RESULTS.md."""
 
 from typing import Any
 
-from nugget2d.evaluation.report import figure_text, markdown_table
+from nugget2d.evaluation.report import markdown_table, metric_text
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """One table a corpus, with what it means and rests on."""
+    """One table per corpus, with definitions and settings."""
     settings = report["settings"]
     blocks = [
         "# Language modelling with bounded states",
         f"Model `{settings['config']['name']}` (weights {settings['weights'][:12]}), nuggets chosen by "
         f"`{settings['config']['selection']}` unless said otherwise, {settings['ratio']}x. No query attends to more "
-        "keys than the column says, its own, a head and sinks among them; all methods slide by "
+        "keys than the column says, its own and sinks included; all methods slide by "
         f"{settings['chunk']} tokens. Of the states of Nugget2D and of pooled memories {100 * settings['share']:.3g} % "
-        "are memory. `full, equal text` has no such limit: the base LM over as many tokens as nuggets and whole tokens "
-        "stand for, or a few more.",
+        "are memory. `full, equal text` has no such limit: the base LM over as many tokens as nuggets and uncompressed "
+        "tokens stand for, or a few more.",
         "Perplexity per token / per word: the same nats, divided by words between whitespace (line ends are not "
         "words). In brackets: by how many per cent the perplexity per token is above that of `nugget2d`, with the "
         "paired 95 % bootstrap interval over blocks.",
@@ -41,4 +41,4 @@ def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return "-"
     text = f"{row['perplexity_per_token']['value']:.2f} / {row['perplexity_per_word']['value']:.1f}"
-    return text if row["more"] is None else f"{text} ({figure_text(row['more'], 2)})"
+    return text if row["more"] is None else f"{text} ({metric_text(row['more'], 2)})"

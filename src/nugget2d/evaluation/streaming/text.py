@@ -1,4 +1,4 @@
-"""Documents to blocks: the same scored tokens, after the same warm-up, for every way of reading."""
+"""Documents to blocks: the same scored tokens, after the same warm-up, for every method."""
 
 import re
 from collections.abc import Sequence

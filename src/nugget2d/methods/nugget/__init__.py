@@ -1,1 +1,1 @@
-"""Nugget2D: the trained method, cut into segments, states of chosen tokens."""
+"""Method nugget2d: states of selected tokens from a trained encoder, segment by segment."""

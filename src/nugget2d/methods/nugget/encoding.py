@@ -1,4 +1,4 @@
-"""Segments to nuggets, in padded batches, and how well the decoder reads what was kept of them."""
+"""Encodes segments in padded batches, and measures how accurately the decoder reads them back."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ BATCH_LOGITS = 1 << 27
 
 
 class EncodeOptions(Protocol):
-    """What of a method's configuration the encoder asks for."""
+    """The part of a method's configuration that the encoder needs."""
 
     @property
     def selection(self) -> SelectionName | None:
@@ -46,7 +46,7 @@ class SegmentResult:
 
     Attributes:
         segment: its text and tokens.
-        memory: of this segment alone, states as they will be kept.
+        memory: of this segment only, with states as they will be stored.
         patch: the tokens that greedy decoding would miss (see exact.py); empty until measured.
     """
 
@@ -61,7 +61,7 @@ class SegmentResult:
 
     @property
     def accuracy(self) -> float:
-        """Measured accuracy; nothing is known to be right before."""
+        """Measured accuracy; 0 before it is measured."""
         return self.memory.accuracy or 0.0
 
 
@@ -96,7 +96,7 @@ def encode(
     """Compress each segment, as one row of a batch, into its count of nuggets."""
     selection, store = options.selection or model.config.selection, options.dtype or native_dtype(model)
     ids = pad([segment.ids for segment in segments], model.device)
-    # nobody reads scores that nothing was chosen by: the scorer's pass is left out
+    # scores are not needed for other policies
     scores = model.token_scores(ids) if selection in SCORED else None
     encoded = model.encode(ids, [len(one.ids) for one in segments], counts, selection=selection, scores=scores)
     nuggets, index = encoded.nuggets, encoded.index.int().cpu()
@@ -105,7 +105,7 @@ def encode(
     numbers = sum(layer.shape[1] * layer.shape[3] for layer in (*keys, *values))
     results = []
     for row, (segment, count) in enumerate(zip(segments, counts, strict=True)):
-        # the padding is on the left: the last `count` slots are the row's own
+        # the padding is on the left: the last `count` entries are the row's own
         own = slice(index.shape[1] - count, None)
         positions = index[row, own].clone()
         spans = torch.tensor([segment.offsets[p] for p in positions.tolist()], dtype=torch.int32) - segment.start
@@ -128,7 +128,7 @@ def encode(
 
 
 def measure(model: Network, results: Sequence[SegmentResult]) -> list[SegmentResult]:
-    """The results with accuracy and patch, from one teacher-forced pass over the states as they will be kept."""
+    """The results with accuracy and patch, from one teacher-forced pass over the states as they will be stored."""
     ids = pad([result.segment.ids for result in results], model.device)
     nuggets = segment_nuggets(model, [(result.memory, 0) for result in results])
     logits = model.decode(nuggets, ids[:, :-1], prompt="reconstruct")

@@ -1,7 +1,8 @@
 """Nugget2D: chosen tokens' states from a trained encoder, segment by segment (arXiv 2310.02409).
 
-A text longer than `config.window` is cut into segments that the model was trained on; nuggets are shared out so that
-the whole text meets the budget; segments are encoded side by side and joined, in time linear in the text.
+A text longer than `config.window` is cut into segments of the lengths that the model was trained on. Nuggets are
+distributed so that the whole text meets the budget. Segments are encoded in batches and joined: the time is linear in
+the text.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -25,22 +26,23 @@ from nugget2d.modeling.network import Network
 from nugget2d.modeling.selection import count_nuggets, share_nuggets
 from nugget2d.text.segmentation import TextSegment, split
 
-# Tokens compressed between two pauses of `steps`: others wait for so many.
+# Tokens compressed between two pauses of `steps`.
 STEP_TOKENS = 256
 
 
 class NuggetMethod(KVMethod):
-    """Every state of a nugget has seen its segment up to there; the decoder reads nuggets in place of the text.
+    """Encodes segments and keeps the states of selected tokens, which the decoder reads in place of the text.
 
     Attributes:
         selection: "learned", "window", "even", "random" or "punctuation"; None takes the model's own.
-        exact: also store what greedy decoding would miss, so that `reconstruct` returns the very same string.
-        target_accuracy: share of the tokens, above 0 and at most 1, that must read back right. Each segment gets the
-            highest ratio that was measured to do so (accuracy.py); with `optimize_steps` it is where these stop
-            instead, and the budget is kept as asked.
-        optimize_steps: at most so many gradient steps on the nuggets of every segment that reads worse than
-            `target_accuracy` (all right, if not given). Weights stay as they are; no segment reads worse afterwards.
-            Each step costs about as much as four passes over the text (optimization.py).
+        exact: also store the tokens that greedy decoding would miss, so that `reconstruct` returns the identical
+            string.
+        target_accuracy: share of the tokens, above 0 and at most 1, that must be reconstructed (teacher-forced). Each
+            segment gets the highest ratio that was measured to do so (accuracy.py); with `optimize_steps` the
+            budget stays as given, and optimization stops at this accuracy.
+        optimize_steps: the most gradient steps on the nuggets of every segment whose accuracy is below
+            `target_accuracy` (1, if not given). Weights do not change; no accuracy is lower afterwards. Each step costs
+            about as much as four passes over the text (optimization.py).
     """
 
     name: ClassVar[str] = "nugget2d"
@@ -59,17 +61,17 @@ class NuggetMethod(KVMethod):
 
     @property
     def sets_budget(self) -> bool:
-        """Whether each segment gets the ratio that it needs for `target_accuracy`."""
+        """Whether `target_accuracy` determines the ratio of each segment."""
         return self.target_accuracy is not None and not self.optimize_steps
 
     @torch.no_grad()
     def compress(
         self, model: Network, texts: Sequence[str], budget: Budget | None, on_progress: Progress | None = None
     ) -> list[Memory]:
-        """See `Method`; accuracies that were measured on the way are kept in the memories.
+        """See `Method`; measured accuracies are kept in the memories.
 
         Warns:
-            QualityWarning: some segments miss `target_accuracy`; they keep the best that was measured.
+            AccuracyWarning: some segments miss `target_accuracy`; they keep the states with the best measured accuracy.
         """
         mine = self._for(model)
         documents = [_cut(model, text, number) for number, text in enumerate(texts)]
@@ -102,7 +104,7 @@ class NuggetMethod(KVMethod):
             results: list[SegmentResult] = []
             counts = mine._counts(model, document, budget)
             while len(results) < len(document):
-                end = _few(document, len(results))
+                end = _step_end(document, len(results))
                 part = slice(len(results), end)
                 results += encode(model, document[part], counts[part], mine)
                 left -= sum(len(segment.ids) for segment in document[part])
@@ -111,7 +113,7 @@ class NuggetMethod(KVMethod):
             memories.append(mine._assemble(results))
         return memories
 
-    # ---- how ----
+    # ---- internals ----
 
     def _for(self, model: Network) -> "NuggetMethod":
         model.require_compressor()
@@ -149,7 +151,7 @@ class NuggetMethod(KVMethod):
         return replace(memory, exact=record)
 
 
-def _few(document: Sequence[TextSegment], start: int) -> int:
+def _step_end(document: Sequence[TextSegment], start: int) -> int:
     """The end of the segments from `start` on that together have `STEP_TOKENS` tokens at most, or one that has more."""
     end, tokens = start + 1, len(document[start].ids)
     while end < len(document) and tokens + len(document[end].ids) <= STEP_TOKENS:

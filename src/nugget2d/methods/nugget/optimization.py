@@ -1,14 +1,13 @@
-"""Gradient steps on the nuggets of one text: what the encoder wrote in one pass, made to read better.
+"""Gradient steps on the nuggets of one text, starting from the encoder's output.
 
-The weights stay as they are; each segment's own keys and values descend two losses. Reconstruction: of its own tokens.
-Continuation: what is predicted after the nuggets should be what the LM predicts after the text itself, on continuations
-that it makes up. Without the second, going on from a memory pays for giving it back; with it, it gains
-(research/LOG.md).
-The states that are read at every step are those that would be kept (rounded to int8 or bfloat16, gradient straight
-through), so a segment stops at an accuracy that it really has.
+The weights do not change; the keys and values of each segment minimize two losses. Reconstruction: cross-entropy of the
+segment's tokens. Continuation: divergence from what the LM predicts after the text itself, on sampled continuations.
+With the first loss only, continuation from the memory gets worse; with both, it improves (research/LOG.md).
+The states at every step are those that would be stored (rounded to int8 or bfloat16, with a straight-through gradient),
+so the accuracy at which a segment stops is that of the stored states.
 
-At accuracy 1 under teacher forcing every token is the greedy choice given the true ones before it: greedy decoding
-gives the segment back whole. Below 1 the first miss may lead it astray.
+At accuracy 1 under teacher forcing every token is the greedy choice given the true tokens before it, so greedy decoding
+reconstructs the segment exactly. Below 1, tokens after the first error may differ as well.
 """
 
 from collections.abc import Sequence
@@ -27,32 +26,33 @@ from nugget2d.modeling.network import Network
 
 # Adam's step, in units of a segment's typical state (research/LOG.md has the trials).
 STEP = 0.06
-# Weight of the continuation loss; how many continuations are sampled, one looked at in each step, and their tokens.
+# Weight of the continuation loss; continuations that are sampled (one is used in each step), and their length in
+# tokens.
 CONTINUATION = 1.0
 CONTINUATIONS = 8
 CONTINUATION_TOKENS = 48
 
 
 def optimize_limit(model: Network) -> int:
-    """Tokens of a batch: fewer than elsewhere, for activations of all layers and what continuations expect are kept."""
+    """Tokens of a batch: fewer than elsewhere, as activations of all layers and the continuations' logits are kept."""
     return max(1, logits_limit(model) // 4)
 
 
 def optimize(model: Network, results: Sequence[SegmentResult], steps: int, target: float) -> list[SegmentResult]:
-    """Measured results, those below `target` after at most `steps` gradient steps; none reads worse than it came."""
+    """Measured results, those below `target` after at most `steps` gradient steps; no accuracy is lower than before."""
     measured = measure(model, results)
     rows = [row for row, result in enumerate(measured) if result.accuracy < target]
     if rows:
         with torch.enable_grad():
-            refined = _Descent(model, [measured[row] for row in rows]).run(steps, target)
-        for row, result in zip(rows, measure(model, refined), strict=True):
+            optimized = _Descent(model, [measured[row] for row in rows]).run(steps, target)
+        for row, result in zip(rows, measure(model, optimized), strict=True):
             if result.accuracy >= measured[row].accuracy:
                 measured[row] = result
     return measured
 
 
 class _Descent:
-    """Adam on the states of a batch of segments, each with its own scale, its own stop and its own best."""
+    """Adam on the states of a batch of segments; each has its own scale, stops by itself, and keeps its best states."""
 
     def __init__(self, model: Network, results: Sequence[SegmentResult]) -> None:
         """Start from the states of `results`."""
@@ -75,32 +75,32 @@ class _Descent:
         self.best_loss = torch.full_like(self.best_accuracy, torch.inf)
 
     def run(self, steps: int, target: float) -> list[SegmentResult]:
-        """The results with the best states that were seen: highest accuracy first, then lowest loss."""
+        """The results with the best states: those of highest accuracy, then lowest loss."""
         optimizer = torch.optim.Adam(self.change, lr=STEP)
         rows = torch.arange(len(self.results), device=self.model.device)
         for step in range(steps + 1):
             states = [
-                _as_kept(start[rows] + self.scale[rows] * change[rows], self.store)
+                _as_stored(start[rows] + self.scale[rows] * change[rows], self.store)
                 for start, change in zip(self.start, self.change, strict=True)
             ]
             loss, accuracy = self._reconstruction(rows, states)
             self._remember(rows, states, loss.detach(), accuracy)
-            going_on = accuracy < target
-            if step == steps or not bool(going_on.any()):
+            active = accuracy < target
+            if step == steps or not bool(active.any()):
                 break
             divergence = self._continuation(rows, states, step % CONTINUATIONS)
-            # only the states' gradients are computed: those of the weights are neither needed nor touched
-            gradients = torch.autograd.grad((loss + CONTINUATION * divergence)[going_on].sum(), self.change)
+            # only the gradients of the states are computed, not those of the weights
+            gradients = torch.autograd.grad((loss + CONTINUATION * divergence)[active].sum(), self.change)
             for change, gradient in zip(self.change, gradients, strict=True):
                 change.grad = gradient
             optimizer.step()
-            rows = rows[going_on]
+            rows = rows[active]
         return [self._result(row) for row in range(len(self.results))]
 
     def _scale(self) -> Tensor:
         """(B, 1, 1, 1) typical size of a segment's states: the geometric mean, over layers, of their root mean square.
 
-        Keys have a few huge dimensions in many models; an arithmetic mean would be theirs.
+        In many models some dimensions of the keys are huge and would dominate an arithmetic mean.
         """
         counts = torch.tensor([result.count for result in self.results], device=self.model.device)
         logs = []
@@ -123,7 +123,7 @@ class _Descent:
         return loss, ((logits.argmax(-1) == ids) & real).sum(1) / lengths
 
     def _continuation(self, rows: Tensor, states: Sequence[Tensor], sample: int) -> Tensor:
-        """(b,) Kullback-Leibler divergence from what the LM expects after the text, in nats a token."""
+        """(b,) Kullback-Leibler divergence from the LM's distribution after the text, in nats per token."""
         ids, expected = self.samples.ids[sample, rows], self.samples.expected[sample, rows]
         nuggets = self._nuggets(rows, states)
         logits = self.model.decode(nuggets, ids[:, :-1], prompt="continue", start=self.lengths[rows])
@@ -147,7 +147,7 @@ class _Descent:
         return replace(result, memory=memory)
 
 
-def _as_kept(states: Tensor, store: StoreDtype) -> Tensor:
-    """The value that a memory would give back, the gradient of `states`."""
+def _as_stored(states: Tensor, store: StoreDtype) -> Tensor:
+    """The values as a memory would restore them, with the gradient of `states`."""
     exact = states.detach()
     return states + (States.store(exact, store).restore() - exact)

@@ -1,4 +1,4 @@
-"""Which nuggets a full memory gives up. `allot` is the policy: exchange it to try another."""
+"""Eviction: which nuggets are dropped when a stream holds more than `max_nuggets`. `keep_counts` is the policy."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,10 +7,10 @@ from nugget2d.memory.memory import Memory
 from nugget2d.modeling.selection import even_ends
 
 
-def allot(counts: Sequence[int], most: int) -> list[int]:
+def keep_counts(counts: Sequence[int], most: int) -> list[int]:
     """How many nuggets each segment keeps, oldest first, so that all have `most` (at least 1) together.
 
-    The oldest go first: a segment gives up its nuggets only when all older ones have none left.
+    The oldest are evicted first: a segment loses nuggets only when all older segments have none left.
     """
     kept = []
     left = most
@@ -20,17 +20,16 @@ def allot(counts: Sequence[int], most: int) -> list[int]:
     return kept[::-1]
 
 
-def thin(memories: Sequence[Memory], most: int) -> tuple[Memory, ...]:
-    """Memories of one segment each, cut down to `most` nuggets; segments left without any are gone."""
-    counts = allot([memory.num_nuggets for memory in memories], most)
+def evict(memories: Sequence[Memory], most: int) -> tuple[Memory, ...]:
+    """Memories of one segment each, reduced to `most` nuggets in all; segments left without any are dropped."""
+    counts = keep_counts([memory.num_nuggets for memory in memories], most)
     return tuple(_keep(memory, count) for memory, count in zip(memories, counts, strict=True) if count)
 
 
 def _keep(memory: Memory, count: int) -> Memory:
-    """`count` nuggets of a segment, evenly spaced, the last (which has seen the whole segment) always among them."""
+    """`count` nuggets of a segment, evenly spaced, always with the last, which has seen the whole segment."""
     if count == memory.num_nuggets:
         return memory
     index = even_ends(memory.num_nuggets, count)
-
     segment = replace(memory.segments[0], num_nuggets=count, accuracy=None)
     return replace(memory, payload=memory.kv.pick(index), segments=(segment,))

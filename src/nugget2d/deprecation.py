@@ -1,0 +1,61 @@
+"""Former names of keywords and attributes: they work for one release, and warn with the current name."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+from nugget2d.errors import InputError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def renamed_keywords(**renamed: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator that lets a function also take keywords by their former names: `old="new"`.
+
+    The function then raises InputError where a value is given under both names.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for old in renamed.keys() & kwargs.keys():
+                value, new = kwargs.pop(old), renamed[old]
+                _warn(f"{old}= is now {new}=")
+                if kwargs.get(new) is not None:
+                    raise InputError(f"{new} is given twice, also as {old}, its former name; leave that out")
+                kwargs[new] = value
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+class RenamedAttribute:
+    """A class attribute `old = RenamedAttribute("new")`: reads the attribute `new` of an instance."""
+
+    def __init__(self, new: str) -> None:
+        """The current name."""
+        self._new = new
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        """Called by Python with the class and the former name."""
+        self._old = f"{owner.__name__}.{name}"
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        """The value of the attribute under its current name."""
+        if instance is None:
+            return self
+        _warn(f"{self._old} is now {self._new}")
+        return getattr(instance, self._new)
+
+
+def _warn(message: str) -> None:
+    """A warning at the innermost line outside of this package: that of the user, who can change it."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("nugget2d."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, DeprecationWarning, stacklevel=level)
