@@ -14,9 +14,10 @@ BATCH = 4096  # tokens of the vocabulary that are compared at once
 
 @torch.no_grad()
 def decode_tokens(model: Network, memory: Memory) -> list[Tensor]:
-    """The tokens of each segment, (m,) ids in no order: nearly all of them if the model was trained with the read-out
-    loss (`config.token_readout`), else those that were chosen as nuggets. A text payload is one part, its own tokens; so are
-    embeddings, which tell none.
+    """The tokens of each segment, (m,) ids in no order.
+
+    These are nearly all of them if the model was trained with the read-out loss (`config.token_readout`), else those
+    that were chosen as nuggets. A text payload is one part, its own tokens; embeddings are one part without any.
 
     Args:
         model: the one that made the memory.
