@@ -110,8 +110,8 @@ def test_sinks_are_a_cache_whose_positions_are_its_own(llama: Nugget2D) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"chunk": 10}, "whole nuggets"),
-        ({"states": 20, "chunk": 16}, "whole chunks"),
+        ({"chunk": 10}, "multiple of 4 tokens"),
+        ({"states": 20, "chunk": 16}, "multiple of a chunk's"),
         ({"states": 16}, "no room"),
         ({"share": 0.01}, "24 states, 0 of them nuggets"),
         ({"states": 100, "chunk": 40}, "longer than the model's window of 32"),

@@ -41,7 +41,7 @@ def test_runs_concatenate_to_the_text_and_hold_every_nugget(model: Nugget2D, rat
                for nugget in mark.nuggets)  # fmt: skip
 
 
-def test_ranks_follow_scores_and_levels_follow_ranks(memory: Memory) -> None:
+def test_ranks_follow_scores_and_levels_follow_ranks(model: Nugget2D, memory: Memory) -> None:
     nuggets = [nugget for mark in inspect_text(model, TEXT, memory).marks for nugget in mark.nuggets]
     ordered = sorted(nuggets, key=lambda nugget: nugget.rank or 0)
     assert [nugget.rank for nugget in ordered] == list(range(1, memory.num_nuggets + 1))
@@ -75,8 +75,8 @@ def test_spans_of_tokens_tile_their_text(model: Nugget2D, text: str) -> None:
     assert len(spans) == len(ids)
     assert spans[0][0] == 0
     assert spans[-1][1] == len(text)
-    pieces = sorted(set(spans))
-    assert all(end == start for (_, end), (start, _) in pairwise(pieces))
+    tiles = sorted(set(spans))
+    assert all(end == start for (_, end), (start, _) in pairwise(tiles))
 
 
 def test_spans_of_tokens_that_end_inside_a_character(model: Nugget2D) -> None:
@@ -87,7 +87,7 @@ def test_spans_of_tokens_that_end_inside_a_character(model: Nugget2D) -> None:
     assert spans[-1][1] == len(text)
 
 
-def test_json_holds_metrics_and_runs(memory: Memory) -> None:
+def test_json_holds_metrics_and_runs(model: Nugget2D, memory: Memory) -> None:
     parsed = json.loads(to_json(inspect_text(model, TEXT, memory)))
     assert "".join(run["text"] for run in parsed["runs"]) == TEXT
     assert (parsed["num_tokens"], parsed["num_nuggets"]) == (memory.num_tokens, memory.num_nuggets)
@@ -105,6 +105,10 @@ def test_nuggets_have_scores_whether_or_not_the_selection_looks(model: Nugget2D,
         nugget.position: nugget.score for mark in inspect_text(model, TEXT, memory).marks for nugget in mark.nuggets
     }
     assert shown == pytest.approx({position: scores[position] for position in memory.positions}, abs=1e-5)
+
+
+def _with_spans(memory: Memory, spans: torch.Tensor) -> Memory:
+    return replace(memory, payload=replace(memory.kv, token_spans=spans))
 
 
 class _Page(HTMLParser):
@@ -131,9 +135,9 @@ class _Page(HTMLParser):
             self.article += data
 
 
-def test_page_escapes_everything_and_needs_no_other_file(memory: Memory) -> None:
+def test_page_escapes_everything_and_needs_no_other_file(model: Nugget2D, memory: Memory) -> None:
     text = TEXT[:-20] + "<script>alert(1)"
-    page = to_html(inspect_text(model, text, replace(memory, token_spans=memory.token_spans.clamp(max=len(text)))))
+    page = to_html(inspect_text(model, text, _with_spans(memory, memory.token_spans.clamp(max=len(text)))))
     parsed = _Page()
     parsed.feed(page)
     assert not parsed.open
@@ -158,7 +162,7 @@ def _terminal(inspection, **options) -> str:
     return console.file.getvalue()
 
 
-def test_terminal_marks_nuggets_with_and_without_colour(memory: Memory) -> None:
+def test_terminal_marks_nuggets_with_and_without_colour(model: Nugget2D, memory: Memory) -> None:
     inspection = inspect_text(model, TEXT, memory)
     plain = _terminal(inspection)
     assert plain.count("⟦") == len(inspection.marks) + 1  # one in the legend
@@ -168,9 +172,9 @@ def test_terminal_marks_nuggets_with_and_without_colour(memory: Memory) -> None:
     assert "\x1b[31m" not in coloured  # the text's own escape must not reach the terminal
 
 
-def test_overlapping_nuggets_of_one_character_become_one_mark(memory: Memory) -> None:
+def test_overlapping_nuggets_of_one_character_become_one_mark(model: Nugget2D, memory: Memory) -> None:
     spans = memory.token_spans.clone()
     spans[:2] = torch.tensor([[0, 2], [1, 3]], dtype=torch.int32)
-    inspection = inspect_text(model, TEXT, replace(memory, token_spans=spans))
+    inspection = inspect_text(model, TEXT, _with_spans(memory, spans))
     assert (inspection.marks[0].start, inspection.marks[0].end) == (0, 3)
     assert len(inspection.marks[0].nuggets) == 2

@@ -41,16 +41,8 @@ def remeasured(model: Nugget2D, text: str, memory: Memory) -> list[float]:
     """Accuracy of every segment, from the memory and the text alone."""
     sources = split(model.tokenizer, text, model.config.window)
     accuracies = []
-    for source, part, segment in zip(sources, memory.segment_slices, memory.segments, strict=True):
-
-        def own(states, part=part):
-            return replace(
-                states, data=states.data[:, part], scale=None if states.scale is None else states.scale[:, part]
-            )
-
-        alone = replace(
-            memory, keys=tuple(map(own, memory.keys)), values=tuple(map(own, memory.values)), segments=(segment,)
-        )
+    for number, source in enumerate(sources):
+        alone = memory.segment(number)
         with torch.no_grad():
             accuracies.append(measure(model, [SegmentResult(source, alone, {})])[0].accuracy)
     return accuracies
@@ -88,20 +80,22 @@ def found(length: int, needed: int) -> tuple[SegmentResult, list[int]]:
     while (count := search.next) is not None:
         tried.append(count)
         segment = replace(memory.segments[0], num_nuggets=count, accuracy=min(1.0, count / needed))
-        search.learn(SegmentResult(search.segment, replace(memory, segments=(segment,)), {}), 1.0)
+        payload = memory.kv.pick(torch.zeros(count, dtype=torch.long))  # so many copies of its one nugget
+        measured = replace(memory, payload=payload, segments=(segment,))
+        search.update(SegmentResult(search.segment, measured, {}), 1.0)
     return search.result, tried
 
 
 @pytest.mark.parametrize("needed", [1, 2, 3, 7, 8, 63, 99, 100])
 def test_the_fewest_that_suffice_are_found(needed: int) -> None:
-    draft, tried = found(100, needed)
-    assert draft.count == needed
+    result, tried = found(100, needed)
+    assert result.count == needed
     assert len(set(tried)) == len(tried) <= 14
 
 
 def test_when_nothing_suffices_the_best_is_kept() -> None:
-    draft, tried = found(100, 130)
-    assert draft.count == 100
+    result, tried = found(100, 130)
+    assert result.count == 100
     assert tried == [2, 4, 8, 16, 32, 64, 100]
 
 

@@ -185,7 +185,7 @@ def test_rewinding_too_far_is_refused_and_harmless(llama: Nugget2D) -> None:
         one.append(ids)
     with pytest.raises(InputError, match=f"the last {6 + CHUNK - 1} can"):
         stream.rewind(6 + CHUNK)
-    with pytest.raises(InputError, match="take back -1"):
+    with pytest.raises(InputError, match="cannot rewind -1"):
         stream.rewind(-1)
     assert same(stream, never)
     stream.rewind(6 + CHUNK - 1)

@@ -1,12 +1,10 @@
 """Former names of keywords and attributes: they work for one release, and warn with the current name."""
 
-import sys
-import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-from nugget2d.errors import InputError
+from nugget2d.errors import InputError, warn
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,7 +21,7 @@ def renamed_keywords(**renamed: str) -> Callable[[Callable[P, R]], Callable[P, R
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             for old in renamed.keys() & kwargs.keys():
                 value, new = kwargs.pop(old), renamed[old]
-                _warn(f"{old}= is now {new}=")
+                warn(f"{old}= is now {new}=", DeprecationWarning)
                 if kwargs.get(new) is not None:
                     raise InputError(f"{new} is given twice, also as {old}, its former name; leave that out")
                 kwargs[new] = value
@@ -49,13 +47,5 @@ class RenamedAttribute:
         """The value of the attribute under its current name."""
         if instance is None:
             return self
-        _warn(f"{self._old} is now {self._new}")
+        warn(f"{self._old} is now {self._new}", DeprecationWarning)
         return getattr(instance, self._new)
-
-
-def _warn(message: str) -> None:
-    """A warning at the innermost line outside of this package: that of the user, who can change it."""
-    frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("nugget2d."):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, DeprecationWarning, stacklevel=level)

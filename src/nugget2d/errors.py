@@ -1,8 +1,13 @@
-"""Every error a user can cause: one line that says what was wrong, where, and the remedy.
+"""Errors and warnings for users: one line that says what was wrong, where, and the remedy.
 
 The command line prints the message of a `NuggetError` and exits with 1; anything else is a bug and keeps its
 traceback.
 """
+
+import sys
+import warnings
+
+_INSIDE = ("nugget2d.", "torch.")  # torch: its decorators, such as no_grad
 
 
 class NuggetError(Exception):
@@ -66,3 +71,11 @@ class AccuracyWarning(UserWarning):
 
 
 QualityWarning = AccuracyWarning  # the former name, for one release
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the innermost line of code outside of this package: that of the user."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

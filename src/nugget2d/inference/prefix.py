@@ -4,7 +4,6 @@ Everything that reads memories (generate, score, the server, lm-eval, benchmarks
 tokens after it.
 """
 
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from nugget2d.errors import ContextWarning
+from nugget2d.errors import ContextWarning, warn
 from nugget2d.inference.placement import placed_heads, placed_nuggets
 from nugget2d.memory.kv import KVPayload
 from nugget2d.memory.memory import Memory
@@ -133,12 +132,11 @@ def _after_states(model: Network, memory: Memory, payload: KVPayload, room: int)
         limit = min(limit, model.max_positions - room - before)
     first = _first_within(memory, limit)
     if first:
-        warnings.warn(
+        warn(
             f"the memory stands for {memory.num_tokens:,} tokens, model {model.config.name!r} continues from "
             f"{limit:,} at most: only the last {len(memory.segments) - first} of its "
             f"{len(memory.segments)} segments are read",
             ContextWarning,
-            stacklevel=5,
         )
     skipped = sum(segment.num_tokens for segment in memory.segments[:first])
     row = memory.segment_slices[first].start

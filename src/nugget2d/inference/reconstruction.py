@@ -1,12 +1,11 @@
 """Reconstruction: greedy decoding of each segment's text from its own states, many segments in a batch."""
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from nugget2d.errors import ExactFallbackWarning, InputError, MemoryFileError
+from nugget2d.errors import ExactFallbackWarning, InputError, MemoryFileError, warn
 from nugget2d.inference.decoding import decode, greedy
 from nugget2d.inference.placement import SegmentRef, segment_nuggets
 from nugget2d.memory.exact import digest
@@ -69,11 +68,10 @@ def _verified(memory: Memory, parts: list[str]) -> list[str]:
     wrong = [number for number, part in enumerate(parts) if digest(part) != record.digests[number]]
     if not wrong:
         return parts
-    warnings.warn(
+    warn(
         f"{len(wrong)} of {len(parts)} segments did not replay exactly on this machine; "
         "their text was taken from the lossless copy in the memory",
         ExactFallbackWarning,
-        stacklevel=4,
     )
     text = record.text()
     for number in wrong:

@@ -56,8 +56,8 @@ class Budget(Frozen):
         if self.chunk % self.ratio or not self.nuggets or self.nuggets % max(1, self.each):
             raise InputError(
                 f"{self.states} states, {self.nuggets} of them nuggets, in chunks of {self.chunk} tokens: at "
-                f"{self.ratio}x chunk and nuggets must be multiples of a nugget's tokens and a chunk's nuggets; try "
-                f"--chunk {2 * self.ratio} or another --share"
+                f"{self.ratio}x the chunk must be a multiple of {self.ratio} tokens, and the nuggets a multiple of a "
+                f"chunk's; try --chunk {2 * self.ratio} or another --share"
             )
         if self.recent_window < 1:
             raise InputError(f"{self.states} states leave no room for chunks of {self.chunk} tokens; ask for more")

@@ -4,11 +4,10 @@ Accuracy mostly grows with the number of nuggets, but not strictly. What is guar
 was itself measured, on the states as they will be kept, to meet the target. Fewer nuggets that meet it too may exist.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from math import ceil
 
-from nugget2d.errors import AccuracyWarning
+from nugget2d.errors import AccuracyWarning, warn
 from nugget2d.methods.nugget.encoding import EncodeOptions, SegmentResult, batches, encode, logits_limit, measure
 from nugget2d.modeling.network import Network
 from nugget2d.text.segmentation import TextSegment
@@ -81,9 +80,8 @@ def warn_if_missed(results: Sequence[SegmentResult], target: float, remedy: str)
     """
     missed = [result.accuracy for result in results if result.accuracy < target]
     if missed:
-        warnings.warn(
+        warn(
             f"{len(missed)} of {len(results)} segments miss target_accuracy {target:g}: their accuracy is "
             f"{sum(missed) / len(missed):.4f} on average, {min(missed):.4f} at worst; {remedy}",
             AccuracyWarning,
-            stacklevel=5,
         )
