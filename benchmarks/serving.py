@@ -7,7 +7,7 @@ of a document's memory, then with the document's text before the same question. 
 server's `--max-context` is large enough for all of the text, and the memory's nuggets reach as far. (`nano` was trained
 for 1,024 tokens: this measures time, not answers.) Answers take the likeliest token every time.
 
-Figures of each side: requests a second, answer tokens a second, and percentiles over requests (nearest rank: with few
+Metrics of each side: requests a second, answer tokens a second, and percentiles over requests (nearest rank: with few
 requests p99 is the slowest) of the time to the first token and to the last.
 """
 
@@ -105,7 +105,7 @@ def read_document(model: str, data: Path, tokens: int) -> str:
 
 @contextmanager
 def server(options: argparse.Namespace) -> Iterator[httpx.Client]:
-    """A server that reads the whole document and refuses nobody, while the block runs."""
+    """A server that reads the whole document and refuses no request, while the block runs."""
     most = max(options.clients)
     with tempfile.TemporaryDirectory() as store:
         command = [sys.executable, "-m", "nugget2d", "serve", "--model", options.model, "--store", store, "--port", "0"]

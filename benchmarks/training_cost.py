@@ -68,7 +68,7 @@ def measured_apart(way: str) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Figures of one way to train."""
+    """Metrics of one way to train."""
     torch.set_num_threads(1)
     model = Nugget2D.from_pretrained(options.model)
     model.lm.set_attn_implementation("eager")

@@ -68,7 +68,7 @@ def test_a_session_is_saved_forgotten_and_loaded(model: str, tmp_path: Path) -> 
 
 def test_inspect_help_and_quit(model: str) -> None:
     shown = chat(model, stdin="The lamp\n/inspect\n/help\n/quit\nThe sea\n").stdout
-    assert "nuggets stand between" in shown and "/forget" in shown and shown.rstrip().endswith("stops the answer.")
+    assert "nuggets are between" in shown and "/forget" in shown and shown.rstrip().endswith("stops the answer.")
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ class ShutdownError(NuggetError):
 
 
 class ContextWarning(UserWarning):
-    """A memory stands for more text than the model can continue from; only its last segments are read."""
+    """A memory has more text than the model can continue from; only its last segments are read."""
 
 
 class ExactFallbackWarning(UserWarning):

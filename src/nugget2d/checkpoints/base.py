@@ -68,7 +68,7 @@ def load_base(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"cannot load base model {str(place)!r}: {error}") from error
     if report["missing_keys"]:
-        # transformers would go on with random weights
+        # transformers would continue with random weights
         missing = sorted(report["missing_keys"])[:3]
         raise ModelError(f"base model {str(place)!r} is incomplete: no weights for {missing}")
     if not is_folder:

@@ -65,7 +65,7 @@ def chat(
                 break
             if not line.startswith("/") and line:
                 session.answer(line, max_new_tokens, temperature)
-        except NuggetError as error:  # the session goes on
+        except NuggetError as error:  # the session continues
             say("error", str(error))
 
 

@@ -112,7 +112,7 @@ def split_around(
 def find_contents(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], conversation: Conversation
 ) -> list[Span | None]:
-    """Where in the rendering each message's text stands, without whitespace at its ends.
+    """Where each message's text is in the rendering, without whitespace at its ends.
 
     None for a message that is empty, left out, shown twice or changed; where one is changed, for all of its role.
     """
@@ -169,7 +169,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, quoted: Sequence[Span
 
 
 def _quoted(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str) -> tuple[Span, ...]:
-    """What of the rendering `text` looks like a special token and is, in whole or in part, text of a message."""
+    """Strings of special tokens in the rendering `text` that are, in whole or in part, text of a message."""
     special = SpecialTokens(tokenizer)
     mark = unused_character(text + "".join(message.text for message in messages))
     masked = [replace(message, text=special.mask(message.text, mark)) for message in messages]
@@ -187,7 +187,7 @@ def _quoted(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tex
 def _find(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], members: Sequence[int], text: str
 ) -> dict[int, Span]:
-    """Where those of the messages `members` stand that the rendering `text` shows once; none if one is changed."""
+    """Where the messages `members` are that the rendering `text` shows once; none if one is changed."""
     mark = unused_character(text + "".join(message.text for message in messages))
     cores = {index: messages[index].text.strip() for index in members}
     marked = list(messages)
@@ -196,7 +196,7 @@ def _find(
             marked[index] = replace(messages[index], text=messages[index].text.replace(core, f"{mark}{index}{mark}", 1))
     try:
         parts = re.split(f"{mark}([0-9]+){mark}", _rendering(tokenizer, marked))
-    except InputError:  # it looks at the contents
+    except InputError:  # its result depends on the contents
         return {}
     shown = [int(index) for index in parts[1::2]]
     parts[1::2] = [cores[index] for index in shown]

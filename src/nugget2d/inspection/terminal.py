@@ -11,7 +11,7 @@ _STYLES = [f"black on {colour}" for colour in ("#fff3cd", "#ffe08a", "#ffc94a", 
 
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
-    """Print metrics, a legend and the text with its nuggets; without colours they stand between ⟦ and ⟧."""
+    """Print metrics, a legend and the text with its nuggets; without colours they are between ⟦ and ⟧."""
     coloured = console.color_system is not None
     console.print(_metrics(inspection), soft_wrap=True)
     console.print(_legend(coloured), soft_wrap=True)
@@ -39,6 +39,6 @@ def _metrics(inspection: Inspection) -> Text:
 
 def _legend(coloured: bool) -> Text:
     if not coloured:
-        return Text("nuggets stand between ⟦ and ⟧", style="dim")
+        return Text("nuggets are between ⟦ and ⟧", style="dim")
     shades = [(f" {level} ", _STYLES[level - 1]) for level in range(1, LEVELS + 1)]
     return Text.assemble(("nuggets by score: lowest fifth ", "dim"), *shades, (" highest fifth", "dim"))

@@ -1,4 +1,4 @@
-"""The application: routes, and what becomes of errors."""
+"""The ASGI application: routes and error handlers."""
 
 import time
 
@@ -57,7 +57,7 @@ def _models(service: Service) -> APIRouter:
 
 
 def _upkeep(service: Service) -> APIRouter:
-    """For whoever runs the server; no key is asked for, and nothing of clients is shown."""
+    """For the server's operator; needs no key, and shows no data of clients."""
     api = APIRouter()
 
     @api.get("/health")

@@ -1,4 +1,4 @@
-"""Answers that are written side by side, a token each at every step."""
+"""A batch of answers, which get one token each at every step."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class Batch:
     """
 
     def __init__(self, model: Network, role: Role, headwise: bool) -> None:
-        """Nobody yet; all are read with the weights of `role`, and `headwise` if their heads differ in length."""
+        """Empty; all are read with the weights of `role`, and `headwise` if their heads differ in length."""
         self.jobs: list[Generation] = []
         self._model, self._role = model, role
         self._cache: RowCache = HeadwiseCache() if headwise else BatchCache()

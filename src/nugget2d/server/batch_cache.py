@@ -1,7 +1,7 @@
-"""Keys and values of requests that come and go: the cache of continuous batching.
+"""The KV cache of continuous batching, whose rows join and leave.
 
-Every row fills its own entries from 0 on, wherever its tokens stand in the text: positions are given with every pass,
-and a mask hides what a row has not filled. So a row joins by being copied alone, and leaves without moving the others.
+Every row fills its own entries from 0 on, whatever the positions of its tokens: positions are given with every pass,
+and a mask hides entries that a row has not filled. So a row joins by copying it alone, and leaves without moving others.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class BatchCache(DynamicCache):
         self.lengths.append(length)
 
     def row(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The keys and the values of a row, as `add` wants them."""
+        """The keys and the values of a row, as `add` takes them."""
         own = slice(index, index + 1), slice(None), slice(self.lengths[index])
         return [keys[own] for keys, _ in self._buffers], [values[own] for _, values in self._buffers]
 
@@ -136,7 +136,7 @@ def read(model: Network, role: Role, cache: RowCache, embeds: Tensor, positions:
     """(B, V) what comes after inputs (B, q, d), each row's first at its own position; `cache` keeps their states.
 
     Args:
-        model: who reads.
+        model: the reader.
         role: with which weights: "base" reads text alone, "decoder" what follows a memory.
         cache: of B rows, with room for q more.
         embeds: the inputs.

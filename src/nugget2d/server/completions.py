@@ -1,4 +1,4 @@
-"""`/v1/completions` and `/v1/chat/completions`."""
+"""The routes `/v1/completions` and `/v1/chat/completions`."""
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response

@@ -1,4 +1,4 @@
-"""Memories of consecutive texts as one, whatever they were kept as."""
+"""Joins memories of consecutive texts, of any dtypes, into one."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What is known of a request while it is served, and the log that it ends in."""
+"""`RequestContext`: the state of a request while it is served, and its log line."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 
 from starlette.requests import Request
 
-CLIENT_LEFT = 499  # as proxies log it; nobody receives it
+CLIENT_LEFT = 499  # as proxies log it; it is never sent
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The thread that owns the model: continuous batching.
 
 Between two steps of the running answers jobs join and leave, and work that is not shared (reading a prompt, compressing
-a text) gets a bounded time, piece by piece. So nobody waits for another's long text, nor for a client who reads slowly.
+a text) gets a bounded time. So no request waits for the long text of another, or for a client that reads slowly.
 """
 
 import threading
@@ -20,7 +20,7 @@ from nugget2d.server.batch import Batch
 from nugget2d.server.events import Failed
 from nugget2d.server.jobs import Generation, Job, Work
 
-# Seconds of unshared work between two steps; it ends with the piece that passes them.
+# Seconds of unshared work between two steps; it ends with the first step that exceeds them.
 WORK_SECONDS = 0.05
 
 
@@ -42,7 +42,7 @@ class Engine:
         """Start the thread.
 
         Args:
-            model: nobody else may use it until `close`.
+            model: used by the engine only, until `close`.
             max_num_seqs: jobs that run side by side.
             queue: jobs that may wait for a sequence slot.
             on_step: called with the number of answers that shared a step.
@@ -118,7 +118,7 @@ class Engine:
         return [*self._waiting, *running, *(job for batch in self._batches.values() for job in batch.jobs)]
 
     def _dismiss(self) -> None:
-        """Drop the jobs that nobody waits for, and those that have had their time."""
+        """Drop the jobs that were cancelled, and those that exceeded their time limit."""
         now = time.monotonic()
         for job in self._jobs():
             if not job.cancelled and now < job.deadline:
@@ -141,7 +141,7 @@ class Engine:
             self._unshared.append(_Unshared(job, job.work(self._model), job.size))
 
     def _work(self) -> None:
-        """Work that is not shared: one piece, and more as long as there is time."""
+        """Work that is not shared: one step of it, and more as long as there is time."""
         end = time.monotonic() + WORK_SECONDS
         while self._unshared:
             # the shortest, so that it does not wait for a long one; every other turn the oldest, so that it gets done
@@ -154,7 +154,7 @@ class Engine:
                 break
 
     def _advance(self, unshared: _Unshared) -> bool:
-        """One piece of work; False if it was the last. A job that continues by steps joins those like it."""
+        """One step of work; False if it was the last. A job that continues by steps joins those like it."""
         job = unshared.job
         try:
             left = next(unshared.work, None)

@@ -1,4 +1,4 @@
-"""What a job has for its client, as it comes."""
+"""Events that a job sends to its client."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,14 +8,14 @@ from nugget2d.memory.memory import Memory
 
 @dataclass(frozen=True)
 class ContextSize:
-    """What stands before an answer, in tokens; the first event of one.
+    """The context of an answer, in tokens; the first event of each answer.
 
     Attributes:
         tokens: of the whole context as it was given.
-        stored: those of them that stored memories stand for.
+        stored: those of them that are in stored memories.
         nuggets: what is read in their place, and in place of a prompt's compressed prefix.
         whole: tokens read uncompressed.
-        unread: those at the beginning that are beyond the model's reach.
+        unread: those at the start that are not read, as the model has no positions for them.
     """
 
     tokens: int

@@ -1,4 +1,4 @@
-"""Prompts that are longer than what is read uncompressed: all but their last part is to be compressed."""
+"""Splits long prompts into a prefix that is compressed and a last part that is read uncompressed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ def fit_text(tokenizer: PreTrainedTokenizerBase, text: str, limit: int, window: 
         text: the prompt; special tokens in it are ordinary text.
         limit: how many tokens may be uncompressed.
         window: how many tokens a segment to be compressed has at most.
-        after: whether something stands before it.
+        after: whether other text comes before it.
 
     Raises:
         InputError: text that cannot be tokenized.

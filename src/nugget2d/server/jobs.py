@@ -1,7 +1,7 @@
-"""What an engine does for one client: make a memory, or write an answer.
+"""Jobs of the engine, each for one client: making a memory, or generating an answer.
 
-A job's `work` is a generator that stops after every piece of work, so that the engine can continue others in between
-and drop a job that nobody waits for. What it has for its client goes through `emit`, at once and without waiting.
+The `work` of a job is a generator that pauses after every step, so that the engine can continue other jobs in between,
+and drop cancelled ones. Events for the client go through `emit`, which never blocks.
 """
 
 import time
@@ -27,7 +27,7 @@ from nugget2d.text.detokenizer import Transcript
 TURN = 256
 CHARS_PER_TOKEN = 4  # about, for whose turn it is
 
-# yields how many tokens are left to read, after every piece of work
+# yields how many tokens are left to read, after every step
 Work = Generator[int, None, None]
 
 
@@ -48,7 +48,7 @@ class Job(ABC):
         self.cancelled = False
 
     def cancel(self) -> None:
-        """Nobody waits for it any longer; the engine drops it before its next step. From any thread."""
+        """Let the engine drop it before its next step. From any thread."""
         self.cancelled = True
 
     @abstractmethod
@@ -67,7 +67,7 @@ class Compression(Job):
         self._text, self._options = text, options
 
     def work(self, model: Network) -> Work:
-        """Compress piece after piece, if the method can pause."""
+        """Compress step by step, if the method can pause."""
         memory = yield from compress(model, self._text, self._options)
         self.emit(Made(memory))
 
@@ -78,7 +78,7 @@ class Generation(Job):
     Attributes:
         role: after `work`: with which weights it is read.
         cache: after `work`: a single row, all that was read.
-        position: where the next input stands.
+        position: of the next input.
         token: the next input, the last token of the answer so far.
         max_new_tokens: the answer's length at most.
         done: the answer is complete.
@@ -103,7 +103,7 @@ class Generation(Job):
         Args:
             ids: tokens to be read uncompressed.
             memory: what was stored.
-            prefix: what stands between them and is to be compressed.
+            prefix: the text between them, to be compressed.
             prefix_options: how.
             max_new_tokens: at most so many.
             ends: tokens that end the answer.
@@ -158,7 +158,7 @@ class Generation(Job):
             self.emit(Finished("stop" if stopped else "length", tokens))
 
     def _open(self, model: Network, memory: Memory | None) -> int:
-        """Put what stands before the prompt into the cache; returns how many tokens of it are beyond reach."""
+        """Put the memory before the prompt into the cache; returns how many of its tokens are not read."""
         room = len(self._ids) + self.max_new_tokens - 1  # the last token is not read
         if memory is None:
             model.require_positions(room)

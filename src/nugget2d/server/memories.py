@@ -1,4 +1,4 @@
-"""`/v1/memories`: every owner's own."""
+"""The routes `/v1/memories`: the stored memories of an owner."""
 
 from datetime import datetime
 from typing import Annotated

@@ -47,7 +47,7 @@ class Middleware:
             await self._serve(scope, body, receive, answer)
         except APIError as error:
             await error.response()(scope, receive, answer)
-        except Exception:  # the client has its error already; the reason is for whoever runs the server
+        except Exception:  # the client has its error already; the reason is for the operator
             context.metrics["error"] = traceback.format_exc()
         finally:
             context.ending.close()

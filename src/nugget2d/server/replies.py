@@ -44,12 +44,12 @@ class Reply(ABC):
         """All of it."""
 
     @abstractmethod
-    def piece(self, text: str, reason: Reason | None) -> BaseModel:
+    def chunk(self, text: str, reason: Reason | None) -> BaseModel:
         """More of it."""
 
     @abstractmethod
     def end(self, usage: Usage) -> BaseModel:
-        """What follows the last piece, for those who asked for it."""
+        """What follows the last chunk, for clients that asked for it."""
 
 
 class CompletionReply(Reply):
@@ -61,7 +61,7 @@ class CompletionReply(Reply):
         """See `Reply`."""
         return Completion(**self.common, choices=[CompletionChoice(text=text, finish_reason=reason)], usage=usage)
 
-    def piece(self, text: str, reason: Reason | None) -> Completion:
+    def chunk(self, text: str, reason: Reason | None) -> Completion:
         """See `Reply`."""
         return Completion(**self.common, choices=[CompletionChoice(text=text, finish_reason=reason)])
 
@@ -80,7 +80,7 @@ class ChatReply(Reply):
         choice = ChatChoice(message=Answer(content=text), finish_reason=reason)
         return ChatCompletion(**self.common, choices=[choice], usage=usage)
 
-    def piece(self, text: str, reason: Reason | None) -> ChatChunk:
+    def chunk(self, text: str, reason: Reason | None) -> ChatChunk:
         """See `Reply`."""
         delta = Delta(role="assistant", content=text)
         return ChatChunk(**self.common, choices=[DeltaChoice(delta=delta, finish_reason=reason)])
@@ -161,10 +161,10 @@ async def _sent(events: AsyncIterator[Event], reply: Reply, account: Account, us
         async for event in events:
             if isinstance(event, Text):
                 account.first_text()
-                yield _data(reply.piece(event.text, None))
+                yield _data(reply.chunk(event.text, None))
             elif isinstance(event, Finished):
                 total = account.finish(event)
-                yield _data(reply.piece("", event.reason))
+                yield _data(reply.chunk("", event.reason))
                 if usage:
                     yield _data(reply.end(total))
         yield "data: [DONE]\n\n"

@@ -1,4 +1,4 @@
-"""A server as a process: its socket, its signals, its end."""
+"""Runs the server as a process: socket, signals, shutdown."""
 
 import logging
 import signal
@@ -22,7 +22,7 @@ def serve(model: Nugget2D, store: MemoryStore, settings: Settings, keys: Keys, l
     """Serve until SIGTERM or SIGINT; then requests that were begun are finished, for `settings.grace` seconds at most.
 
     Args:
-        model: used by nobody else from now on.
+        model: used by the server only, from now on.
         store: where memories are.
         settings: limits.
         keys: who may ask.

@@ -1,4 +1,4 @@
-"""What clients send: the fields of the OpenAI API that are supported, and `memory_ids`.
+"""Schemas of requests and responses: the supported fields of the OpenAI API, and `memory_ids`.
 
 Fields that would change the answer and are not supported are refused, unless they have their neutral value.
 """
@@ -186,7 +186,7 @@ class PromptDetails(BaseModel):
     """Where the tokens of a context went.
 
     `cached_tokens` of them were in stored memories; `nuggets` and `whole_tokens` are what the model read; the first
-    `unread_tokens` were beyond its reach.
+    `unread_tokens` were not read, as the model has no positions for them.
     """
 
     cached_tokens: int
@@ -215,7 +215,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """The answer of `/v1/completions`, or a piece of it."""
+    """The answer of `/v1/completions`, or a chunk of it."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -269,7 +269,7 @@ class DeltaChoice(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """A piece of a streamed answer."""
+    """A chunk of a streamed answer."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"

@@ -1,4 +1,4 @@
-"""What stands between requests and the engine: tokenizing, loading memories, and a job's events as they come."""
+"""The layer between requests and the engine: tokenizes, loads memories, and passes on the events of jobs."""
 
 import asyncio
 import copy
@@ -43,7 +43,7 @@ class Question:
 
     Attributes:
         prompt: a text, or a conversation.
-        memory_ids: what stands before it.
+        memory_ids: the memories before it.
         max_tokens: of the answer.
         sampler: how its tokens are chosen.
         stop: where it ends.
@@ -62,8 +62,8 @@ class Service:
     def __init__(self, model: Nugget2D, store: MemoryStore, settings: Settings, metrics: Metrics) -> None:
         """Start the engine; `close` ends it."""
         self.settings, self.metrics, self.store = settings, metrics, store
-        # the same weights under the name that clients know, so that errors tell no folder; and if uncompressed tokens
-        # shall reach further than the model was trained for, memories do so too
+        # the same weights under the public name, so that errors reveal no folder; and if `max_context` exceeds the
+        # context that the model was trained on, it applies to memories too
         changes = {"name": settings.name, "context": max(model.config.context, settings.max_context)}
         self._model = copy.copy(model)
         self._model.config = model.config.model_copy(update=changes)
@@ -95,7 +95,7 @@ class Service:
     async def remember(self, context: RequestContext, request: MemoryRequest) -> Record:
         """Keep the memory of a text; it is compressed only if this owner has not added it before.
 
-        (Taking another owner's would tell, by the time it takes, that somebody has this text.)
+        (Using that of another owner would reveal, by the time it takes, that the text is stored.)
 
         Raises:
             InputError: a text without tokens.
@@ -209,11 +209,11 @@ class Service:
     async def _events(self, context: RequestContext, make: Callable[[Emit], Job]) -> AsyncIterator[Event]:
         """Run a job; it is cancelled when the request is over."""
         loop = asyncio.get_running_loop()
-        # without bounds: an answer has max_tokens pieces at most, and the engine must never wait for its reader
+        # unbounded: an answer has max_tokens events at most, and the engine must never wait for a reader
         events: asyncio.Queue[Event] = asyncio.Queue()
 
         def emit(event: Event) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+            with suppress(RuntimeError):  # the loop is closed, and the events are not read
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         job = make(emit)

@@ -1,4 +1,4 @@
-"""What whoever runs a server decides."""
+"""Settings of a server, and its API keys."""
 
 import hashlib
 import hmac
@@ -48,9 +48,9 @@ class Keys:
         return bool(self._owners)
 
     def owner(self, authorization: str) -> str | None:
-        """The owner that an Authorization header speaks for; None if it may not ask.
+        """The owner that an Authorization header identifies; None if the key is unknown.
 
-        All keys are compared, each in constant time: how long it takes says nothing about them.
+        All keys are compared, each in constant time, so that timing reveals nothing about them.
         """
         if not self._owners:
             return ""

@@ -1,4 +1,4 @@
-"""Room for activations: keep fewer of them (`recomputed`), or keep them on the host (`offloaded`)."""
+"""Saves memory for activations: recompute them (`recomputed`), or keep them on the host (`offloaded`)."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence

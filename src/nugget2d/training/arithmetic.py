@@ -1,4 +1,4 @@
-"""How much memory training needs, by arithmetic, for shapes that no machine at hand can hold (docs/SCALING.md)."""
+"""Estimates of the memory that training needs, for shapes too large to measure (docs/SCALING.md)."""
 
 from dataclasses import dataclass
 from math import ceil

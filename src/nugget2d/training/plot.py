@@ -1,4 +1,4 @@
-"""The log of a run as a picture."""
+"""Plots the log of a training run."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a recipe may add to the training of a compressor: `compress.plugins` names classes by import path.
+"""Plugins of compressor training: `compress.plugins` in a recipe names classes by import path.
 
     plugins:
       - {use: "package.module:Class", weight: 0.5, ...own options}

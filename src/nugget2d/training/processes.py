@@ -1,4 +1,4 @@
-"""The processes that torchrun started, or this one alone."""
+"""The process group of torchrun, or a single process."""
 
 import os
 from collections.abc import Iterator, Mapping

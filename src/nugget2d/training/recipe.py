@@ -151,7 +151,7 @@ class RatioConfig(Frozen):
 
 
 class StreamConfig(Frozen):
-    """What streams look like in training; every step draws one of each, value -> weight.
+    """The shapes of streams in training; every step draws one of each, value -> weight.
 
     `tau` and `reach` are former names of `recent_window` and `visible_segments`, still read.
 

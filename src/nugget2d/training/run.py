@@ -118,7 +118,7 @@ def fit_recipe(
 
 
 def _spread(module: nn.Module, recipe: Recipe, processes: Processes, *, keep_layers: bool) -> Spread:
-    """What `recipe.parallel` says, where there are several processes."""
+    """The strategy of `recipe.parallel`, with several processes."""
     if recipe.parallel == "ddp" or processes.count == 1:
         return Replicas(module, processes)
     return Shards(module, processes, keep_layers=keep_layers)

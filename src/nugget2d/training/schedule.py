@@ -1,4 +1,4 @@
-"""How learning rate and compression ratio move with the progress of a run (0 at the start, 1 at the end)."""
+"""Schedules of learning rate and compression ratio by the progress of a run (0 at the start, 1 at the end)."""
 
 import math
 from collections.abc import Hashable, Mapping

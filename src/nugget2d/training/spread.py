@@ -1,4 +1,4 @@
-"""How the weights of a run are spread over its processes: `Replicas` (DDP) or `Shards` (FSDP2).
+"""Distributes the weights of a run over its processes: `Replicas` (DDP) or `Shards` (FSDP2).
 
 Each process computes whole micro-batches of its own, so a loss is what it would be in one process, whatever it is a
 mean over; only gradients are averaged. A checkpoint is the same file in any case.

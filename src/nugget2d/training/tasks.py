@@ -1,4 +1,4 @@
-"""What the loop trains: a language model from scratch, or a compressor."""
+"""Training tasks: a language model from scratch, and a compressor."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
