@@ -34,7 +34,7 @@ def test_a_model_that_works() -> None:
     model = by_name(report.model)
     assert model["model"] == Finding("model", "nano")
     assert model["reads nuggets exactly"].value == "yes"
-    assert model["positions"].value == "no end"
+    assert model["positions"].value == "no limit"
     machine = by_name(report.machine)
     assert torch.__version__ in machine["libraries"].value
     assert machine["threads"].value.startswith("1 on ")

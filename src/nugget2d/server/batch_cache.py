@@ -1,7 +1,8 @@
 """The KV cache of continuous batching, whose rows join and leave.
 
 Every row fills its own entries from 0 on, whatever the positions of its tokens: positions are given with every pass,
-and a mask hides entries that a row has not filled. So a row joins by copying it alone, and leaves without moving others.
+and a mask hides entries that a row has not filled. So a row joins by copying it alone, and leaves without moving
+others.
 """
 
 from collections.abc import Sequence
