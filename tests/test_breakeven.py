@@ -178,7 +178,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert 0 < long["seconds"]["first_token"]["memory"]["low"] < long["seconds"]["question"]["memory"]["low"]
 
     page = (out / "breakeven.md").read_text()
-    assert "| memory |" in page and f"| {long['tokens']}* |" in page and "64 tokens that this model goes on" in page
+    assert "| memory |" in page and f"| {long['tokens']}* |" in page and "64 tokens that this model continues" in page
     assert "text sent again" in result.stdout and "break-even" in result.stdout
     assert (out / "breakeven.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in out.iterdir()) == ["breakeven.json", "breakeven.md", "breakeven.png"]
