@@ -367,9 +367,9 @@ class Nugget2D(Network):
 
         Raises:
             InputError: recent_window below 1 or too large for `config.context`, a ratio or max_nuggets below 1, a chunk
-                out of range.
+                out of range, a memory of another method than nugget2d.
             MismatchError: the memory was made by another model.
-            ModelError: this model's keys cannot be moved to other positions.
+            ModelError: there is no trained compressor, or this model's keys cannot be moved to other positions.
         """
         return Stream(self, recent_window, ratio, max_nuggets, chunk, memory)
 
