@@ -5,6 +5,7 @@ layer and head, so that a cache of ragged heads is saved, joined, searched, gene
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from math import ceil, inf, nan
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.cli.options import RESERVED, compress_arguments
-from nugget2d.errors import InputError, MismatchError, ModelError
+from nugget2d.errors import ContextWarning, InputError, MismatchError, ModelError
 from nugget2d.inference.scoring import score_ids
 from nugget2d.inference.token_decoding import decode_tokens
 from nugget2d.memory.states import STORE_DTYPES, StoreDtype
@@ -515,6 +516,20 @@ def test_every_row_says_what_it_is() -> None:
         assert (kind.name, kind.payload) == (name, "kv") and kind.source and kind.__doc__
 
 
+@pytest.mark.parametrize("method", TRAINING_FREE)
+def test_texts_beyond_the_context_are_pointed_out(method: str, load: Callable[..., Nugget2D]) -> None:
+    model = tiny.make(context=100)
+    with pytest.warns(ContextWarning, match="text 1 has 101 tokens, model 'LlamaForCausalLM' was made for contexts of"):
+        memory = model.compress(["Beans.", TEXT], method=method)[1]
+    assert memory.num_tokens == 101 and model.generate(memory=memory, max_new_tokens=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ContextWarning)
+        model.compress(TEXT[:200], method=method)
+    for kind, limit in (("opt", 1024), ("mistral-window", 512)):  # where there are no such positions
+        with pytest.raises(InputError, match=f"has {limit}: compress less text"), pytest.warns(ContextWarning):
+            load("plain", kind).compress(tiny.TEXT * 3, method=method)
+
+
 @pytest.mark.parametrize("text", ["a", " ", "\n\n\n", " \t ", "\u00a0", "\x00", "</s><|endoftext|>", "😀"], ids=repr)
 def test_short_and_odd_texts_are_compressed(text: str, load: Callable[..., Nugget2D]) -> None:
     model = load("trained", "llama")
@@ -527,7 +542,13 @@ def test_short_and_odd_texts_are_compressed(text: str, load: Callable[..., Nugge
 
 
 def test_what_is_no_text_is_refused(method: str, model: Nugget2D) -> None:
-    for text, said in (("", "empty"), ("\ud800", "lone surrogate"), (["a", ""], "text 1 is empty"), ([b"a"], "bytes")):
+    for text, said in (
+        ("", "empty"),
+        ("\ud800", "lone surrogate"),
+        (["a", ""], "text 1 is empty"),
+        ([b"a"], "bytes"),
+        (b"a", "text 0 is bytes, not str"),
+    ):
         with pytest.raises(InputError, match=said):
             model.compress(text, method=method)
     assert model.compress([], method=method) == []
