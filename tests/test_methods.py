@@ -5,11 +5,13 @@ layer and head, so that a cache of ragged heads is saved, joined, searched, gene
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from math import ceil, inf, nan
 from pathlib import Path
 from typing import ClassVar
 
+import httpx
 import pytest
 import torch
 from hypothesis import given
@@ -18,7 +20,8 @@ from torch import Tensor
 
 import tiny
 from nugget2d import Memory, Nugget2D
-from nugget2d.errors import InputError, MismatchError, ModelError
+from nugget2d.cli.options import RESERVED, compress_arguments
+from nugget2d.errors import ContextWarning, InputError, MismatchError, ModelError
 from nugget2d.inference.scoring import score_ids
 from nugget2d.inference.token_decoding import decode_tokens
 from nugget2d.memory.states import STORE_DTYPES, StoreDtype
@@ -28,6 +31,7 @@ from nugget2d.methods.whole_context import Context, Kept, WholeContextMethod
 from nugget2d.modeling.selection import share_nuggets
 from nugget2d.server.engine import Engine
 from nugget2d.store import MemoryStore
+from serving import serving
 from test_engine import Client
 from test_headwise import Row, dense, masks_by_layer
 
@@ -453,6 +457,51 @@ def test_unknown_options_are_refused_with_those_there_are(method: str, model: Nu
         model.compress(TEXT, method=method, dtype="int4")
 
 
+def test_values_of_no_use_are_refused_in_one_line(load: Callable[..., Nugget2D]) -> None:
+    model = load("trained", "llama")
+    for options in (
+        {"ratio": "many"},
+        {"nuggets": 2.5},
+        {"nbytes": [1]},
+        {"model": 1},
+        {"chat": "perhaps"},
+        {"exact": True},
+        {"dtype": ["int8"]},
+    ):
+        with pytest.raises(InputError) as caught:
+            model.compress(TEXT, method="knorm", **options)
+        assert "\n" not in str(caught.value) and next(iter(options)) in str(caught.value)
+
+
+def test_no_option_has_the_name_of_another_argument() -> None:
+    for name in ALL:
+        assert not RESERVED & set(method_class(name).model_fields)
+
+
+def test_set_takes_options_of_the_method_alone() -> None:
+    for name in RESERVED:
+        with pytest.raises(InputError, match=f"--set takes options of the method, and {name} is none"):
+            compress_arguments(method=None, ratio=None, more=[f"{name}=1"])
+    for one in ("nonsense", "=1", "a b=1", ""):
+        with pytest.raises(InputError, match="--set takes NAME=VALUE"):
+            compress_arguments(method=None, ratio=None, more=[one])
+    assert compress_arguments(method="truncation", ratio=None, more=["sinks=8", "chat=true", "a=b"]) == {
+        "method": "truncation",
+        "sinks": 8,
+        "chat": True,
+        "a": "b",
+    }
+
+
+@pytest.mark.parametrize("method", TRAINING_FREE)
+def test_streams_continue_memories_of_their_own_alone(method: str, load: Callable[..., Nugget2D]) -> None:
+    model = load("trained", "llama")
+    with pytest.raises(InputError, match=rf"cannot continue a memory of method '{method}'"):
+        model.stream(memory=model.compress(TEXT, method=method))
+    with pytest.raises(ModelError, match="no trained compressor"):
+        load("plain", "llama").stream()
+
+
 def test_trained_methods_are_refused_without_training(load: Callable[..., Nugget2D]) -> None:
     for method in set(ALL) - set(TRAINING_FREE):
         with pytest.raises(ModelError, match="no trained compressor"):
@@ -467,6 +516,20 @@ def test_every_row_says_what_it_is() -> None:
         assert (kind.name, kind.payload) == (name, "kv") and kind.source and kind.__doc__
 
 
+@pytest.mark.parametrize("method", TRAINING_FREE)
+def test_texts_beyond_the_context_are_pointed_out(method: str, load: Callable[..., Nugget2D]) -> None:
+    model = tiny.make(context=100)
+    with pytest.warns(ContextWarning, match="text 1 has 101 tokens, model 'LlamaForCausalLM' was made for contexts of"):
+        memory = model.compress(["Beans.", TEXT], method=method)[1]
+    assert memory.num_tokens == 101 and model.generate(memory=memory, max_new_tokens=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ContextWarning)
+        model.compress(TEXT[:200], method=method)
+    for kind, limit in (("opt", 1024), ("mistral-window", 512)):  # where there are no such positions
+        with pytest.raises(InputError, match=f"has {limit}: compress less text"), pytest.warns(ContextWarning):
+            load("plain", kind).compress(tiny.TEXT * 3, method=method)
+
+
 @pytest.mark.parametrize("text", ["a", " ", "\n\n\n", " \t ", "\u00a0", "\x00", "</s><|endoftext|>", "😀"], ids=repr)
 def test_short_and_odd_texts_are_compressed(text: str, load: Callable[..., Nugget2D]) -> None:
     model = load("trained", "llama")
@@ -479,7 +542,13 @@ def test_short_and_odd_texts_are_compressed(text: str, load: Callable[..., Nugge
 
 
 def test_what_is_no_text_is_refused(method: str, model: Nugget2D) -> None:
-    for text, said in (("", "empty"), ("\ud800", "lone surrogate"), (["a", ""], "text 1 is empty"), ([b"a"], "bytes")):
+    for text, said in (
+        ("", "empty"),
+        ("\ud800", "lone surrogate"),
+        (["a", ""], "text 1 is empty"),
+        ([b"a"], "bytes"),
+        (b"a", "text 0 is bytes, not str"),
+    ):
         with pytest.raises(InputError, match=said):
             model.compress(text, method=method)
     assert model.compress([], method=method) == []
@@ -545,3 +614,47 @@ def test_addresses_tell_methods_and_configurations_apart(load: Callable[..., Nug
     for method in TRAINING_FREE:  # of one LM
         way = CompressOptions.of(model, method=method, ratio=4)
         assert way.address(TEXT, model) == way.address(TEXT, plain)
+
+
+# ---- served ----
+
+
+def test_a_server_compresses_by_any_method(load: Callable[..., Nugget2D], tmp_path: Path) -> None:
+    """Of an LM as it is: knorm by itself, others by name, and nothing but 4xx for what it cannot do."""
+    model = load("plain", "llama")
+    with serving(model, tmp_path) as running, running.http() as http:
+
+        def make(**fields: object) -> httpx.Response:
+            return http.post("/v1/memories", json={"text": TEXT, **fields})
+
+        ids = []
+        for fields in ({}, *({"method": method} for method in TRAINING_FREE)):
+            made = make(**fields)
+            assert made.status_code == 201, made.text
+            ids.append(made.json()["id"])
+        assert ids[0] == ids[1] and len(set(ids)) == len(TRAINING_FREE)
+        for id in ids[1:]:
+            asked = {"memory_ids": [id], "max_tokens": 6, "temperature": 0}
+            answer = http.post("/v1/completions", json={"model": "tiny", "prompt": " She", **asked})
+            with MemoryStore(tmp_path) as store:
+                assert answer.json()["choices"][0]["text"] == model.generate(
+                    " She", memory=store.get(id), max_new_tokens=6
+                )
+            messages = [{"role": "user", "content": "How many?"}]
+            answer = http.post("/v1/chat/completions", json={"model": "tiny", "messages": messages, **asked})
+            assert answer.status_code == 200, answer.text
+        refused = {
+            "unknown method 'nope'; choose one of nugget2d, knorm, truncation": {"method": "nope"},
+            "no option nonsense; it takes dtype, chat": {"method": "knorm", "options": {"nonsense": 1}},
+            "no trained compressor": {"method": "nugget2d"},
+            "has no chat template": {"method": "knorm", "options": {"chat": True}},
+            "ratio in options": {"options": {"ratio": 2}},
+            "dtype in options": {"options": {"dtype": "int8"}},
+            "has no option model": {"options": {"model": 1}},
+            "exactly one": {"ratio": 2, "nuggets": 3},
+            "bytes cannot hold": {"nbytes": 1},
+        }
+        for said, fields in refused.items():
+            answer = make(**fields)
+            assert answer.status_code in (400, 422), answer.text
+            assert said in answer.json()["error"]["message"]

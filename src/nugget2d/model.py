@@ -233,12 +233,13 @@ class Nugget2D(Network):
 
         Warns:
             AccuracyWarning: some segments miss `target_accuracy`; they keep the states with the best measured accuracy.
+            ContextWarning: a text is longer than the model's context, for methods that read it whole.
 
         Raises:
             InputError: an empty text, an unknown method, option or dtype, a budget out of range, or several budgets.
             ModelError: method nugget2d without a trained compressor.
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, (str, bytes)) else list(text)
         how = CompressOptions.of(self, method=method, ratio=ratio, nuggets=nuggets, nbytes=nbytes, **options)
         memories = how.compress(self, texts, on_progress)
         return memories[0] if isinstance(text, str) else memories
@@ -367,9 +368,9 @@ class Nugget2D(Network):
 
         Raises:
             InputError: recent_window below 1 or too large for `config.context`, a ratio or max_nuggets below 1, a chunk
-                out of range.
+                out of range, a memory of another method than nugget2d.
             MismatchError: the memory was made by another model.
-            ModelError: this model's keys cannot be moved to other positions.
+            ModelError: there is no trained compressor, or this model's keys cannot be moved to other positions.
         """
         return Stream(self, recent_window, ratio, max_nuggets, chunk, memory)
 

@@ -31,6 +31,7 @@ def demo(
     """Compress a document, reconstruct it, and show what was kept."""
     text = bundled_text() if file is None else read_text(file)
     compressor = load_model(model)
+    compressor.require_compressor()  # what comes back is half of the demo
     from nugget2d.inspection import inspect_text, print_inspection
 
     console = Console()

@@ -22,6 +22,8 @@ RENAMED = {
     "slots": "max-num-seqs",
     "tau": "recent-window",
 }
+# other arguments of what compresses and stores: no method has an option of such a name
+RESERVED = frozenset({"text", "method", "ratio", "nuggets", "nbytes", "on_progress", "name", "tags", "owner"})
 
 DEFAULT_MODEL = "nano"
 DEFAULT_STORE = "~/.nugget2d/store"
@@ -116,6 +118,8 @@ def compress_arguments(
         name, equals, value = one.partition("=")
         if not equals or not name.isidentifier():
             raise InputError(f"--set takes NAME=VALUE, not {one!r}")
+        if name in RESERVED:
+            raise InputError(f"--set takes options of the method, and {name} is none; `nugget2d methods` lists them")
         try:
             given[name] = json.loads(value)
         except ValueError:

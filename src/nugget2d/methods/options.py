@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import ValidationError, model_validator
 
 from nugget2d.config import Frozen
 from nugget2d.deprecation import renamed_keywords
@@ -41,6 +41,7 @@ class CompressOptions(Frozen):
     @renamed_keywords(**RENAMED)
     def of(
         model: Network,
+        /,
         *,
         method: str | None = None,
         ratio: float | None = None,
@@ -58,9 +59,12 @@ class CompressOptions(Frozen):
         chosen = make_method(name, given).bound(model)
         if (ratio, nuggets, nbytes) == (None, None, None):
             ratio = None if chosen.sets_budget else chosen.default_ratio
-        how = CompressOptions(
-            method=name, config=chosen.model_dump(mode="json"), ratio=ratio, nuggets=nuggets, nbytes=nbytes
-        )
+        config = chosen.model_dump(mode="json")
+        try:
+            how = CompressOptions(method=name, config=config, ratio=ratio, nuggets=nuggets, nbytes=nbytes)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(f"{first['loc'][0]}: {first['msg']}; got {first['input']!r:.60}") from error
         _ = how.budget  # refused here, before any work
         return how
 

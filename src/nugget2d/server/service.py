@@ -103,7 +103,10 @@ class Service:
             OutputError, StoreError: see `MemoryStore.put`.
         """
         self.engine.require_room()
-        settings = CompressOptions.of(self._model, **self._budget(request), **request.options)
+        given = self._budget(request)
+        if doubled := [name for name in request.options if name in given]:
+            raise InputError(f"{', '.join(doubled)} in options: these have fields of their own beside it")
+        settings = CompressOptions.of(self._model, **given, **request.options)
 
         def begin() -> tuple[str, Record | None]:
             key = settings.address(request.text, self._model)

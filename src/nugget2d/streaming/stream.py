@@ -63,6 +63,11 @@ class Stream:
         past = Past()
         if memory is not None:
             model.require(memory)
+            if memory.reader.role != "decoder":
+                raise InputError(
+                    f"a stream cannot continue a memory of method {memory.method.name!r}, only those of nugget2d; "
+                    "compress with method='nugget2d', or generate from this one"
+                )
             past = Past.of(model, memory).within(max_nuggets)
         self._feed = TextFeed(model.tokenizer)
         self._window = self._open(past)
@@ -283,6 +288,7 @@ def _room(model: Network, chunk: int) -> int:
 
 def _check(model: Network, recent_window: int, ratio: float | None, most: int | None, chunk: int) -> None:
     """Refuse settings that cannot be streamed with."""
+    model.require_compressor()
     if recent_window < 1:
         raise InputError(f"recent_window must be at least 1 token, got {recent_window}")
     if ratio is not None and not ratio >= 1:
