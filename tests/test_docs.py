@@ -46,9 +46,14 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
+def written(page: Path) -> str:
+    """A page without the tables that benchmarks made: these keep the names that results were recorded by."""
+    return re.sub(r"<!-- table .*?<!-- end -->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
 def prose(page: Path) -> list[str]:
     """The lines of a page that are neither a table's nor code."""
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", written(page), flags=re.DOTALL)
     return [line for line in text.splitlines() if not line.startswith(("|", "    "))]
 
 
