@@ -188,6 +188,7 @@ def bench(*arguments: object, code: int = 0) -> str:
     return result.stderr
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
     records = [{"text": tiny.TEXT * 16, "split": "val"}, {"text": "not read " * 9000, "split": "train"}]

@@ -157,6 +157,7 @@ def bench(*arguments: object, code: int = 0) -> Result:
     return result
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", context=64)
     data = tmp_path / "texts.jsonl"

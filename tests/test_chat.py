@@ -106,6 +106,7 @@ def test_what_cannot_begin_ends_with_one_line(model: str, arguments: list[str], 
     assert result.stderr.startswith("error: ") and saying in result.stderr and result.stderr.count("\n") == 1
 
 
+@pytest.mark.e2e
 def test_ctrl_c_stops_the_answer_not_the_program(model: str) -> None:
     process = subprocess.Popen(
         [*SCRIPT, "chat", "--model", model, "--recent-window", "20", "--max-new-tokens", "1000000"],
@@ -125,6 +126,7 @@ def test_ctrl_c_stops_the_answer_not_the_program(model: str) -> None:
     assert (process.returncode, printed) == (0, b"error: unknown command '/what'; /help lists them\n")
 
 
+@pytest.mark.e2e
 def test_on_a_terminal_the_status_is_shown(model: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(tiny.TEXT)
     near, far = pty.openpty()

@@ -70,6 +70,7 @@ def fails(*arguments: object, saying: str, stdin: bytes | None = None) -> None:
 # ---- start ----
 
 
+@pytest.mark.e2e
 def test_the_package_is_the_command() -> None:
     asked = [sys.executable, "-m", "nugget2d", "--version"]
     assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout == run("--version").stdout
@@ -319,6 +320,7 @@ def test_truncated_memory(memories: Path, tmp_path: Path) -> None:
         fails("reconstruct", path, saying=str(path))
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_a_memory_is_found(memories: Path, tmp_path: Path) -> None:
     """All of the header, where a flip can turn into any other file, and samples of the tensors."""
     data = (memories / "exact.nugget").read_bytes()
@@ -383,6 +385,7 @@ def test_no_space_left(
 # ---- as a process ----
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_no_space_left_behind_a_redirection(memories: Path) -> None:
     with Path("/dev/full").open("wb") as full:
@@ -393,11 +396,13 @@ def test_no_space_left_behind_a_redirection(memories: Path) -> None:
     assert done.stderr == "error: cannot write standard output: No space left on device; free some space\n"
 
 
+@pytest.mark.e2e
 def test_a_process_writes_the_bytes_and_nothing_else(memories: Path) -> None:
     done = subprocess.run([*SCRIPT, "reconstruct", memories / "exact.nugget"], capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, TEXT.encode(), b"")
 
 
+@pytest.mark.e2e
 def test_a_closed_pipe_is_quiet(memories: Path) -> None:
     process = subprocess.Popen(
         [*SCRIPT, "generate", memories / "plain.nugget", "--prompt", "a"],
@@ -409,6 +414,7 @@ def test_a_closed_pipe_is_quiet(memories: Path) -> None:
     assert process.wait(timeout=60) == 1
 
 
+@pytest.mark.e2e
 def test_interrupt_exits_with_130(memories: Path) -> None:
     process = subprocess.Popen(
         [*SCRIPT, "generate", memories / "plain.nugget", "--prompt", "a", "--max-new-tokens", "1000000"],

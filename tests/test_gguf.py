@@ -11,7 +11,6 @@ import tiny
 from nugget2d import Nugget2D
 from nugget2d.checkpoints import gguf
 from nugget2d.errors import ModelError, OutputError
-from real_lm import smollm2_file
 
 
 @pytest.fixture(autouse=True)
@@ -109,11 +108,6 @@ def test_a_cache_that_cannot_be_written_is_named(
     monkeypatch.setenv("NUGGET2D_CACHE", str(file))
     with pytest.raises(OutputError, match="set NUGGET2D_CACHE to a folder"):
         Nugget2D.from_pretrained(file)
-
-
-@pytest.fixture
-def smollm2(tmp_path: Path) -> Path:
-    return smollm2_file(tmp_path / "site")
 
 
 @pytest.mark.slow

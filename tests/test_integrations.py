@@ -29,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, llama: Nugget2D) -> Path:
 # ---- transformers ----
 
 
+@pytest.mark.e2e
 def test_nothing_is_registered_before_it_is_asked_for(folder: Path) -> None:
     code = f"""
 import nugget2d.model, nugget2d.integrations.transformers as ours

@@ -16,6 +16,8 @@ from nugget2d.integrations import lm_eval as harness
 from nugget2d.integrations.lm_eval import NuggetLM
 from nugget2d.text.segmentation import split
 
+pytestmark = pytest.mark.slow
+
 CONTEXT, QUESTION, ANSWER = tiny.TEXT[:300], "\nQuestion: what bends?\nAnswer:", " peas"
 
 

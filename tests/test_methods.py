@@ -5,7 +5,6 @@ layer and head, so that a cache of ragged heads is saved, joined, searched, gene
 """
 
 import json
-import warnings
 from collections.abc import Callable, Iterator
 from math import ceil, inf, nan
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.cli.options import RESERVED, compress_arguments
-from nugget2d.errors import ContextWarning, InputError, MismatchError, ModelError
+from nugget2d.errors import InputError, MismatchError, ModelError
 from nugget2d.inference.scoring import score_ids
 from nugget2d.inference.token_decoding import decode_tokens
 from nugget2d.memory.states import STORE_DTYPES, StoreDtype
@@ -517,16 +516,14 @@ def test_every_row_says_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("method", TRAINING_FREE)
-def test_texts_beyond_the_context_are_pointed_out(method: str, load: Callable[..., Nugget2D]) -> None:
+def test_texts_beyond_the_context_are_refused(method: str, load: Callable[..., Nugget2D]) -> None:
     model = tiny.make(context=100)
-    with pytest.warns(ContextWarning, match="text 1 has 101 tokens, model 'LlamaForCausalLM' was made for contexts of"):
-        memory = model.compress(["Beans.", TEXT], method=method)[1]
-    assert memory.num_tokens == 101 and model.generate(memory=memory, max_new_tokens=2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ContextWarning)
-        model.compress(TEXT[:200], method=method)
-    for kind, limit in (("opt", 1024), ("mistral-window", 512)):  # where there are no such positions
-        with pytest.raises(InputError, match=f"has {limit}: compress less text"), pytest.warns(ContextWarning):
+    tokens = model.ids(TEXT).shape[1]
+    with pytest.raises(InputError, match=f"{tokens} tokens, .* contexts of 100.*compress it in parts"):
+        model.compress(["Beans.", TEXT], method=method)
+    assert model.compress(TEXT[:200], method=method).num_tokens < 100
+    for kind in ("opt", "mistral-window"):  # where there are no such positions at all
+        with pytest.raises(InputError, match="compress"):
             load("plain", kind).compress(tiny.TEXT * 3, method=method)
 
 

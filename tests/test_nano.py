@@ -12,6 +12,8 @@ from nugget2d.inference.token_decoding import decode_tokens
 from nugget2d.store import MemoryStore
 from nugget2d.training.recipe import load_recipe
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(str(resources.files("nugget2d") / "models" / "nano"))
 TEXT = (resources.files("nugget2d") / "cli" / "demo.txt").read_text(encoding="utf-8")
 

@@ -11,6 +11,8 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from nugget2d import Nugget2D
 from serving import Running, serving
 
+pytestmark = pytest.mark.e2e
+
 # of what can be asked of these nothing is wrong by form
 PLAIN = [
     ("GET", "/v1/models"),

@@ -25,6 +25,8 @@ from nugget2d.training.spread import Replicas
 from nugget2d.training.tasks import CompressTask
 from test_training import PHASE, losses, small_recipe
 
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+
 OFFSETS = {"use": "research.relative_offset:RelativeOffsets"}
 READOUT = {"use": "research.readout_loss:ReadoutLoss", "weight": 0.5}
 INSERT = {"use": "research.induction:InsertLayer"}

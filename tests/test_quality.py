@@ -137,6 +137,7 @@ def test_joins_keep_accuracies_and_another_dtype_drops_them(nano: Nugget2D, mixe
     assert Memory.join([mixed, nano.compress("The dog.", ratio=2, dtype="int8")]).accuracy is None
 
 
+@pytest.mark.slow
 def test_exact_mode_patches_what_quality_leaves(nano: Nugget2D) -> None:
     memory = nano.compress(ENGLISH, target_accuracy=0.5, exact=True)
     assert 0.5 <= memory.accuracy < 1

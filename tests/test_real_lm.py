@@ -1,6 +1,7 @@
 """A real LM answers questions from compressed contexts better than from nothing, and worse than from the text."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -10,19 +11,18 @@ from nugget2d import Memory, Nugget2D
 from nugget2d.inference.prompting import Message, split_around
 from nugget2d.inference.scoring import score_ids
 from nugget2d.text.segmentation import tokenize_after
-from real_lm import PARAGRAPH, QUESTIONS, smollm2_file
+from real_lm import PARAGRAPH, QUESTIONS
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nugget2D]:
+def model(smollm2: Path, shared_cache: Path) -> Iterator[Nugget2D]:
     """Converted from its file, then loaded from the folder that came of it."""
-    folder = tmp_path_factory.mktemp("smollm2")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NUGGET2D_CACHE", str(folder / "cache"))
-        Nugget2D.from_pretrained(smollm2_file(folder / "site"))
-        (converted,) = (folder / "cache" / "gguf").iterdir()
+        patch.setenv("NUGGET2D_CACHE", str(shared_cache))
+        Nugget2D.from_pretrained(smollm2)
+        (converted,) = (shared_cache / "gguf").iterdir()
         yield Nugget2D.from_pretrained(converted)
 
 

@@ -16,6 +16,8 @@ from nugget2d.methods.nugget.encoding import pad
 from nugget2d.modeling.losses import token_losses
 from nugget2d.text.segmentation import split
 
+pytestmark = pytest.mark.slow
+
 TEXT = tiny.TEXT[:300]
 
 

@@ -19,6 +19,8 @@ from nugget2d.cli.app import app
 from nugget2d.server import run
 from nugget2d.server.run import served_name
 
+pytestmark = pytest.mark.e2e
+
 SERVE = [sys.executable, "-c", "from nugget2d.cli.app import main; main()", "serve"]
 
 

@@ -22,6 +22,8 @@ from nugget2d.server.fitting import fit_conversation, fit_text
 from nugget2d.server.settings import Keys
 from serving import Running, serving
 
+pytestmark = pytest.mark.e2e
+
 PROMPT = "The keeper"
 LONG = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1000, "temperature": 0}
 

@@ -16,6 +16,8 @@ from nugget2d import Memory, Nugget2D
 from nugget2d.errors import MemoryFileError, StoreError, UnknownMemoryError
 from nugget2d.store import MemoryStore, bucket
 
+pytestmark = pytest.mark.e2e
+
 TEXT = "The dog looked up as if it had counted too. In winter the road was closed for weeks."
 
 

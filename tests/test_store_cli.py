@@ -188,6 +188,7 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("engine", indexing.ENGINES)
 def test_workers_do_what_one_process_does(
     corpus: Path, tmp_path: Path, model: str, engine: indexing.EngineName, monkeypatch
@@ -215,6 +216,7 @@ def test_workers_do_what_one_process_does(
             assert (mine.keys[-1].data - theirs.keys[-1].data).abs().max() < 1e-4
 
 
+@pytest.mark.e2e
 def test_index_goes_on_where_it_stopped(corpus: Path, tmp_path: Path, model: str, monkeypatch) -> None:
     """Interrupted once something is kept, then run again by the command."""
     store = tmp_path / "store"
@@ -245,6 +247,7 @@ def test_a_store_or_corpus_that_cannot_be_used_ends_the_run(corpus: Path, tmp_pa
     fails("index", tmp_path / "none", "--store", tmp_path / "x", saying="give a folder")
 
 
+@pytest.mark.e2e
 def test_a_worker_that_dies_is_one_clear_error(corpus: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(processes, "_leave_interrupts_to_the_parent", os.abort)
     with pytest.raises(StoreError, match="a worker process was ended"):
@@ -275,6 +278,7 @@ class Batches:
             yield Poison()
 
 
+@pytest.mark.e2e
 def test_what_goes_wrong_on_a_cluster_is_one_clear_error(tmp_path: Path, model: str) -> None:
     import ray
 

@@ -17,6 +17,8 @@ from nugget2d import Memory, Nugget2D
 from nugget2d.errors import NuggetError, OutputError, StoreError, UnknownMemoryError
 from nugget2d.store import MemoryStore
 
+pytestmark = pytest.mark.e2e
+
 ADDS = 200
 
 

@@ -155,6 +155,7 @@ def test_schedules() -> None:
     assert 240 < draws.count("a") < 360 and draws.count("c") == 0
 
 
+@pytest.mark.slow
 def test_training_resumes_to_the_same_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(small_recipe(tmp_path), out=tmp_path / "whole")
 
@@ -208,6 +209,7 @@ def test_a_rate_of_zero_freezes_the_scorer(tmp_path: Path, rate: float, frozen: 
     assert torch.equal(*scorers) == frozen
 
 
+@pytest.mark.slow
 def test_a_compressor_on_a_base_of_ones_own(tmp_path: Path) -> None:
     base = train(small_recipe(tmp_path, compress=None), out=tmp_path / "lm") / "base"
     before = load_file(base / "model.safetensors")
@@ -227,6 +229,7 @@ def test_a_compressor_on_a_base_of_ones_own(tmp_path: Path) -> None:
     assert Nugget2D.from_pretrained(folder / "model").config.adapters == "lora"
 
 
+@pytest.mark.slow
 def test_streams_are_trained(tmp_path: Path) -> None:
     content = yaml.safe_load(small_recipe(tmp_path, pretrain=None).read_text())
     phase = {"objectives": {"stream": 3, "reconstruct": 1}, "windows": {32: 1}, "segments": 2}
@@ -273,6 +276,7 @@ def test_streams_are_as_they_will_be_read(tmp_path: Path, monkeypatch: pytest.Mo
     assert drawn == {(8, chunk, visible, count) for (chunk, _), count in counts.items() for visible in (1, 3)}
 
 
+@pytest.mark.slow
 def test_smoke_recipe_learns_to_copy(tmp_path: Path) -> None:
     folder = train(HOME / "smoke.yaml", out=tmp_path / "smoke")
     records = [json.loads(line) for line in (folder / "compress" / "log.jsonl").read_text().splitlines()]

@@ -33,6 +33,8 @@ from research.induction import PLACE, insert_layer
 from research.induction_loss import InductionLoss, induction_keys, induction_loss, value_matching_loss
 from test_training import losses, small_recipe
 
+pytestmark = pytest.mark.slow
+
 OFFSETS = {"use": "research.relative_offset:RelativeOffsets"}
 READOUT = {"use": "research.readout_loss:ReadoutLoss", "weight": 0.5}
 INSERT = {"use": "research.induction:InsertLayer"}

@@ -19,6 +19,8 @@ from research.memories.appended_tokens import AppendedTokensMemory
 from research.memories.layer_subset import LayerSubsetMemory
 from test_training import PHASE, small_recipe
 
+pytestmark = pytest.mark.slow
+
 APPENDED: dict[str, Any] = {"use": "research.memories.appended_tokens:AppendedTokens"}
 SUBSET: dict[str, Any] = {"use": "research.memories.layer_subset:LayerSubset", "layers": [1, 2]}
 KINDS = {"appended": AppendedTokensMemory, "subset": LayerSubsetMemory}

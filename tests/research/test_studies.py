@@ -15,6 +15,8 @@ from research.studies.study import Variant, load_study, merge
 from research.studies.variant import run_variant
 from test_training import small_recipe
 
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+
 STUDIES = sorted((Path(__file__).parent.parent.parent / "research" / "recipes" / "studies").glob("*.yaml"))
 OFFSETS = {"use": "research.relative_offset:RelativeOffsets"}
 READOUT = {"use": "research.readout_loss:ReadoutLoss", "weight": 0.5}

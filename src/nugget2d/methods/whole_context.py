@@ -5,7 +5,6 @@ last token of the context is always kept; readers read it again for the logits a
 ratio 1 a memory is exactly the full context.
 """
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from nugget2d.errors import ContextWarning, InputError
+from nugget2d.errors import InputError
 from nugget2d.inference.prompting import Message, split_around
 from nugget2d.memory.kv import HeadSelection, KVPayload
 from nugget2d.memory.memory import Memory, ReaderSpec, Segment
@@ -86,11 +85,7 @@ class WholeContextMethod(KVMethod):
     def compress(
         self, model: Network, texts: Sequence[str], budget: Budget | None, on_progress: Progress | None = None
     ) -> list[Memory]:
-        """See `Method`.
-
-        Warns:
-            ContextWarning: a text has more tokens than the model's context.
-        """
+        """See `Method`."""
         budget = budget or Budget(ratio=self.default_ratio)
         memories = []
         for number, text in enumerate(texts):
@@ -104,13 +99,6 @@ class WholeContextMethod(KVMethod):
             raise InputError(f"text {number} is empty; there is nothing to compress")
         ids, offsets = (tokenize_after_with_offsets if self.chat else tokenize)(model.tokenizer, text)
         prefix = self._prefix(model, text)
-        if len(prefix) + len(ids) > model.config.context:
-            warnings.warn(
-                f"text {number} has {len(ids):,} tokens, model {model.config.name!r} was made for contexts of "
-                f"{model.config.context:,} and is unreliable beyond; compress less text",
-                ContextWarning,
-                stacklevel=5,
-            )
         context = prefill(model, prefix, ids)
         dtype = self.dtype or native_dtype(model)
         heads = context.keys[0].shape[0]
