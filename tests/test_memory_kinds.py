@@ -219,7 +219,7 @@ def test_only_keys_and_values_are_joined_and_looked_into(make: Callable[[Nugget2
             what()
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="cannot be reconstructed"):
-        plain.reconstruct(memory)
+        tiny.make().reconstruct(memory)
     assert memory.spans == [(start, end) for start, end in memory.payload.spans.tolist()] and memory.spans
 
 
@@ -325,13 +325,8 @@ def test_joined_heads_are_the_heads_one_after_the_other(
 
 
 @given(st.integers(0, 2**31), st.integers(0, 2), st.integers(1, 3))
-def test_tables_become_numbers_of_states(seed: int, prefix: int, segments: int) -> None:
+def test_parts_give_the_payload_back(seed: int, prefix: int, segments: int) -> None:
     payload, _ = random_payload(random.Random(seed), segments=segments, prefix=prefix)
-    table = 10 + torch.arange(len(payload.local_positions))
-    for layer, counts in enumerate(payload.head_counts):
-        numbers = payload.shifted(layer, table).split(counts)
-        for mine, rows in zip(numbers, payload.rows_of(layer), strict=True):
-            assert mine.tolist() == [0] * prefix + (10 + rows).tolist()
     rebuilt = KVPayload.from_parts(payload.tensors(), payload.header())
     assert (rebuilt.head_counts, rebuilt.nbytes, rebuilt.count) == (payload.head_counts, payload.nbytes, payload.count)
 

@@ -75,7 +75,7 @@ def test_the_same_work_is_not_done_twice(store: MemoryStore, llama: Nugget2D, mo
     ]
     assert len({first.id, *(record.id for record in others)}) == 8 == len(store.records())
     # another owner's record needs no work either
-    monkeypatch.setattr(Nugget2D, "compress", None)
+    monkeypatch.setattr(CompressOptions, "compress", None)
     theirs = store.add(llama, TEXT, ratio=4, owner="ann")
     assert theirs.key == first.key and theirs.id != first.id
     with pytest.raises(TypeError):
@@ -178,7 +178,7 @@ def test_layers_are_read_when_they_are_touched(store: MemoryStore, llama: Nugget
     """Layers of 8 MB: a page that is touched may bring up to 2 MB with it."""
     memory = llama.compress(TEXT[:40], ratio=4)
     layers = [States(torch.full((64, memory.num_nuggets, 2**15 // memory.num_nuggets), float(n))) for n in range(8)]
-    record = store.put(replace(memory, keys=tuple(layers[:4]), values=tuple(layers[4:])), key="0" * 32)
+    record = store.put(replace(memory, payload=memory.kv.with_states(layers[:4], layers[4:])), key="0" * 32)
     path = Path(store.place(record.id))
     whole, layer = path.stat().st_size / 1024, layers[0].nbytes / 1024
     lazy = store.get(record.id, verify=False)

@@ -59,7 +59,7 @@ class ShutdownError(NuggetError):
 
 
 class ContextWarning(UserWarning):
-    """A text is longer than the model's context; of a memory of several segments only the last ones are read."""
+    """A memory stands for more text than the model can continue from; only its last segments are read."""
 
 
 class ExactFallbackWarning(UserWarning):

@@ -233,7 +233,6 @@ class Nugget2D(Network):
 
         Warns:
             AccuracyWarning: some segments miss `target_accuracy`; they keep the states with the best measured accuracy.
-            ContextWarning: a text is longer than the model's context, for methods that read it whole.
 
         Raises:
             InputError: an empty text, an unknown method, option or dtype, a budget out of range, or several budgets.
