@@ -78,6 +78,7 @@ def test_more_gpus_carry_more() -> None:
     assert with_all.activations > 3 * costs["8B"].activations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("adapters", tiny.ADAPTERS)
 def test_operations_are_those_that_torch_counts(adapters: str, checkpoint: bool) -> None:

@@ -295,6 +295,7 @@ def test_the_command(tmp_path: Path) -> None:
         assert error.startswith("error: ") and saying in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_without_data_the_bundled_article_is_taken(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
     bench("--model", model, "--ratios", "20", "--lengths", "600", "-o", tmp_path)

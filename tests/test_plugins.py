@@ -131,6 +131,7 @@ def test_a_plugin_refuses_a_stage(tmp_path: Path) -> None:
         train(recipe(tmp_path, {"use": f"{__name__}:Renamed", "to": "x"}, adapters="lora", phases=phases))
 
 
+@pytest.mark.e2e
 def test_plugins_are_found_from_the_folder_that_holds_them(tmp_path: Path) -> None:
     """`python -m nugget2d` puts the current folder on the path; elsewhere the message says so."""
     path = recipe(tmp_path, {"use": "research.readout_loss:ReadoutLoss", "weight": 0})

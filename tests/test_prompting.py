@@ -70,6 +70,7 @@ def special_ids(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[
     return [token for token in ids if token in tokenizer.all_special_ids]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "name"), CASES)
 def test_a_conversation_is_what_its_template_makes_of_it(make: Make, name: str) -> None:
     tokenizer = make(templates.TEMPLATES[name])
@@ -92,6 +93,7 @@ def test_a_conversation_is_what_its_template_makes_of_it(make: Make, name: str) 
     assert len({tuple(ids) for ids in fed if ids is not None}) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "name"), CASES)
 def test_special_tokens_come_from_the_template_alone(make: Make, name: str) -> None:
     """Whatever messages hold, the model reads as many special tokens as for harmless ones, and all of the text."""
@@ -172,6 +174,7 @@ def test_without_a_template_every_message_is_a_line() -> None:
 # ---- around one message ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "name"), CASES)
 def test_a_split_is_the_conversation_around_one_text(make: Make, name: str) -> None:
     tokenizer = make(templates.TEMPLATES[name])
@@ -229,6 +232,7 @@ def test_a_text_that_a_template_does_not_show_as_it_is_cannot_be_split_around(
 # ---- contents ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "name"), CASES)
 def test_contents_are_found_where_they_stand(make: Make, name: str) -> None:
     tokenizer = make(templates.TEMPLATES[name])

@@ -8,6 +8,8 @@ import pytest
 
 from nugget2d.methods.registry import METHODS, method_class
 
+pytestmark = pytest.mark.e2e
+
 HEAVY = ("torch", "transformers", "safetensors", "numpy", "pydantic")
 # `nugget2d` with its arguments, then what was loaded of HEAVY
 COMMAND = f"""\
