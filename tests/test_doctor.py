@@ -76,7 +76,7 @@ def test_what_cannot_be_used_is_a_finding_with_the_reason(tmp_path: Path) -> Non
     for name, reason in (
         (save(tmp_path / "dynamic", lm), "dynamic rotary embeddings"),
         ("no-such-model", "unknown model"),
-        (str(tmp_path), "cannot load base model"),
+        (str(tmp_path), "is no model"),
     ):
         report = examine(name, [1000])
         assert not report.usable

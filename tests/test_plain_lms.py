@@ -119,7 +119,7 @@ def test_names_that_are_no_model_are_refused(folder: Path, tmp_path: Path) -> No
         "someone/unknown-model": "the hub cannot be asked",
         "./missing": "it cannot be a hub id",
         str(tmp_path / "missing.gguf"): "cannot read .*missing.gguf: No such file",
-        str(tmp_path): "cannot load base model",
+        str(tmp_path): "is no model: a compressor",
     }.items():
         with pytest.raises(ModelError, match=reason):
             Nugget2D.from_pretrained(name)

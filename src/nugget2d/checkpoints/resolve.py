@@ -35,13 +35,24 @@ def find_compressor(name: str | Path, *, revision: str | None = None, token: str
     if is_gguf(name):
         return None
     if exists(name):
-        return Path(name) if exists(Path(name, CONFIG_FILE)) else None
+        return _local_compressor(Path(name))
     if hub_file(str(name), CONFIG_FILE, revision=revision, token=token) is None:
         return None
     try:
         return Path(snapshot_download(str(name), revision=revision, token=token))
     except Exception as error:  # whatever the hub client raises
         raise ModelError(f"cannot get model {str(name)!r} from the hub: {error}") from error
+
+
+def _local_compressor(place: Path) -> Path | None:
+    if exists(place / CONFIG_FILE):
+        return place
+    if not any(exists(place / file) for file in (HUB_FILE, ADAPTER_FILE)):  # an adapter is refused with its remedy
+        raise ModelError(
+            f"{place} is no model: a compressor's folder has {CONFIG_FILE}, that of an LM has {HUB_FILE}; give one of "
+            "these, a .gguf file, or a hub id"
+        )
+    return None
 
 
 def exists(path: str | Path) -> bool:
