@@ -37,6 +37,7 @@ def test_truncated_anywhere_is_refused(stored: bytes, tmp_path: Path) -> None:
         refused(stored[:size], tmp_path / "cut.nugget")
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_is_refused(stored: bytes, tmp_path: Path) -> None:
     chance = random.Random(0)
     header = 8 + int.from_bytes(stored[:8], "little")

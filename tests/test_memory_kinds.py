@@ -98,6 +98,7 @@ def test_files_and_bytes_give_the_memory_back(make: Callable[[Nugget2D], Memory]
         assert repr(loaded) == repr(memory)
 
 
+@pytest.mark.slow
 @kinds
 def test_damaged_files_are_refused(make: Callable[[Nugget2D], Memory], plain: Nugget2D, tmp_path: Path) -> None:
     stored, path = make(plain).to_bytes(), tmp_path / "a.nugget"

@@ -94,7 +94,9 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Nugget2D]:
     return get
 
 
-@pytest.fixture(params=CASES, ids="-".join)
+@pytest.fixture(
+    params=[pytest.param(one, marks=() if one[2] == "llama" else pytest.mark.slow) for one in CASES], ids="-".join
+)
 def case(request: pytest.FixtureRequest, load: Callable[..., Nugget2D]) -> tuple[str, Nugget2D]:
     method, wrapper, kind = request.param
     return method, load(wrapper, kind)

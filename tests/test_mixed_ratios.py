@@ -66,6 +66,7 @@ def test_every_row_draws_its_ratio_if_the_recipe_says_so(monkeypatch: pytest.Mon
     assert len(drawn[0]) == 8 and (len(set(drawn[0])) > 3) == mixed
 
 
+@pytest.mark.slow
 def test_ratios_vary_without_recompilation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
     model = tiny.trained("llama", "copies")

@@ -148,6 +148,7 @@ def with_window(kind: str, adapters: str, tokens: int) -> Nugget2D:
     return Nugget2D.from_base(lm, tiny.tokenizer(), adapters=adapters, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, adapters", [("mistral", "lora"), ("gemma3", "copies")])
 def test_a_sliding_window_is_read_exactly_to_its_end(kind: str, adapters: str) -> None:
     """Every state and every position is in use, which a window by cache index would get wrong."""
@@ -169,6 +170,7 @@ def test_a_sliding_window_is_read_exactly_to_its_end(kind: str, adapters: str) -
     assert model.reconstruct(memory) == full.reconstruct(memory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, adapters", [("mistral", "lora"), ("gemma3", "copies")])
 def test_generation_stops_where_a_sliding_window_ends(kind: str, adapters: str) -> None:
     model = with_window(kind, adapters, 64)

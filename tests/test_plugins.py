@@ -73,6 +73,7 @@ def recipe(folder: Path, *plugins: dict[str, Any], **changes: object) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_plugin_changes_the_model_and_adds_its_weighted_loss(tmp_path: Path) -> None:
     Watched.seen.clear()
     path = recipe(tmp_path, {"use": f"{__name__}:Renamed", "to": "other"}, {"use": f"{__name__}:Watched", "weight": 3})

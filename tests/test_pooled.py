@@ -59,6 +59,7 @@ def test_pooled_states_are_means_at_one_position(pooled: Nugget2D) -> None:
         assert torch.allclose(encoded.nuggets.values[0][0, :, number], torch.stack(values).mean(0), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_pooled_memory_is_trained_further_and_saved(tmp_path: Path) -> None:
     tiny.trained(adapters="copies", window=16, context=64).save_pretrained(tmp_path / "old")
     alone = {"pretrain": None, "model": None, "tokenizer": None}

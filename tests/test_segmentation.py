@@ -53,6 +53,7 @@ def test_one_character_too_wide_for_the_window_is_refused() -> None:
         split(tiny.tokenizer(), "🫖" * 10, 3)
 
 
+@pytest.mark.slow
 def test_time_is_linear() -> None:
     def seconds(size: int) -> float:
         text = (tiny.TEXT * (size // len(tiny.TEXT) + 1))[:size]

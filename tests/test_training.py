@@ -193,6 +193,7 @@ def test_training_resumes_to_the_same_curve(tmp_path: Path, monkeypatch: pytest.
     assert model.reconstruct(memory) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate", "frozen"), [(0, True), (3e-3, False)])
 def test_a_rate_of_zero_freezes_the_scorer(tmp_path: Path, rate: float, frozen: bool) -> None:
     content = yaml.safe_load(small_recipe(tmp_path, pretrain=None).read_text())
