@@ -27,6 +27,7 @@ def plain(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Nugget2D:
     return Nugget2D.from_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAT)
 @pytest.mark.parametrize("make", TOKENIZERS)
 @pytest.mark.parametrize("context", [CONTEXT, " led by spaces", "ends with a line\n", "</s><|im_end|>"], ids=repr)

@@ -94,9 +94,15 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Nugget2D]:
     return get
 
 
-@pytest.fixture(
-    params=[pytest.param(one, marks=() if one[2] == "llama" else pytest.mark.slow) for one in CASES], ids="-".join
-)
+def _slow_but(kind: str) -> tuple[pytest.MarkDecorator, ...]:
+    """Quick runs take one architecture."""
+    return () if kind == "llama" else (pytest.mark.slow,)
+
+
+plain_kinds = pytest.mark.parametrize("kind", [pytest.param(kind, marks=_slow_but(kind)) for kind in PLAIN])
+
+
+@pytest.fixture(params=[pytest.param(one, marks=_slow_but(one[2])) for one in CASES], ids="-".join)
 def case(request: pytest.FixtureRequest, load: Callable[..., Nugget2D]) -> tuple[str, Nugget2D]:
     method, wrapper, kind = request.param
     return method, load(wrapper, kind)
@@ -372,7 +378,9 @@ def masked_losses(model: Nugget2D, ids: Tensor, masks: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("method", TRAINING_FREE)
-@pytest.mark.parametrize(("wrapper", "kind"), [("trained", "llama"), *(("plain", kind) for kind in PLAIN)])
+@pytest.mark.parametrize(
+    ("wrapper", "kind"), [("trained", "llama"), *(pytest.param("plain", kind, marks=_slow_but(kind)) for kind in PLAIN)]
+)
 def test_at_ratio_1_a_memory_is_the_full_context(
     method: str, wrapper: str, kind: str, load: Callable[..., Nugget2D]
 ) -> None:
@@ -393,7 +401,7 @@ def test_at_ratio_1_a_memory_is_the_full_context(
 
 
 @pytest.mark.parametrize("method", TRAINING_FREE)
-@pytest.mark.parametrize("kind", PLAIN)
+@plain_kinds
 def test_it_reads_as_a_dense_pass_that_hides_what_was_dropped(
     method: str, kind: str, load: Callable[..., Nugget2D], tmp_path: Path
 ) -> None:

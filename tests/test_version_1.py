@@ -15,6 +15,8 @@ from nugget2d import Memory, Nugget2D
 from nugget2d.errors import MismatchError
 from nugget2d.store import MemoryStore
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parent / "data" / "v1"
 EXPECTED = json.loads((DATA / "expected.json").read_text())
 AFTER = " It is built on a rock."
