@@ -11,9 +11,9 @@ import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import ContextWarning, ModelError
 from nugget2d.inference.placement import segment_nuggets
-from nugget2d.inference.prefix import text_nuggets
+from nugget2d.inference.prefix import prefix
 from nugget2d.methods.nugget.encoding import pad
-from nugget2d.modeling.cache import Nuggets, gather_nuggets
+from nugget2d.modeling.cache import Nuggets, cached_states, gather_nuggets
 from nugget2d.modeling.compatibility import as_cache
 from nugget2d.modeling.losses import token_losses
 
@@ -28,6 +28,12 @@ def same(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> None:
 def full_logits(model: Nugget2D, ids: torch.Tensor, **inputs: object) -> torch.Tensor:
     with torch.no_grad(), model.parameters_by_role.role("base") as lm:
         return lm(input_ids=ids, **inputs).logits
+
+
+def placed(model: Nugget2D, memory: Memory) -> tuple[Nuggets, int]:
+    """What a memory puts before a prompt: its states, and the position after them."""
+    before = prefix(model, memory)
+    return Nuggets(*cached_states(before.cache)), before.position
 
 
 # ---- reading nuggets is attention ----
@@ -183,9 +189,9 @@ def test_joined_keys_equal_encoding_at_the_later_positions(case, plain: Nugget2D
     first, second = (plain.compress(text, ratio=3) for text in ("A dog looked up.", "Rain before noon, wind at dusk."))
     if not tiny.KINDS[case[0]].movable:
         with pytest.raises(ModelError, match="one segment only"):
-            text_nuggets(plain, Memory.join([first, second]))
+            placed(plain, Memory.join([first, second]))
         return
-    joined, _ = text_nuggets(plain, Memory.join([first, second]))
+    joined, _ = placed(plain, Memory.join([first, second]))
     ids = plain.ids("Rain before noon, wind at dusk.")
     cache = DynamicCache(config=plain.lm.config)
     with torch.no_grad(), plain.parameters_by_role.role("encoder") as body:
@@ -352,7 +358,7 @@ def test_generate_equals_a_loop_of_single_steps(case, model: Nugget2D) -> None:
     memory = model.compress(tiny.TEXT[:250], ratio=4)
     assert (len(memory.segments) > 1) == tiny.KINDS[case[0]].movable
     ids = model.ids("The engineer")
-    nuggets, _ = text_nuggets(model, memory)
+    nuggets, _ = placed(model, memory)
     for _ in range(8):
         with torch.no_grad():
             logits = model.decode(nuggets, ids, prompt="continue", start=memory.num_tokens)
@@ -479,9 +485,9 @@ def test_of_a_memory_beyond_the_context_the_last_segments_are_read(llama: Nugget
     short = Nugget2D(llama.lm, llama.tokenizer, llama.config.model_copy(update={"context": limit + 1}))
     short.load_state_dict(llama.state_dict())
     with pytest.warns(ContextWarning, match=f"last 2 of its {len(segments)} segments"):
-        nuggets, end = text_nuggets(short, memory)
+        nuggets, end = placed(short, memory)
     assert end == limit
-    whole, _ = text_nuggets(llama, memory)
+    whole, _ = placed(llama, memory)
     assert nuggets.count == segments[-1].num_nuggets + segments[-2].num_nuggets
     moved = llama.rotation(nuggets.keys, torch.full((1, nuggets.count), memory.num_tokens - limit))
     for layer, keys in enumerate(moved):

@@ -274,7 +274,7 @@ def test_unknown_and_damaged_models_are_refused(tmp_path) -> None:
     for name in ("no-such-model", tmp_path / "missing", "someone/unknown-model"):
         with pytest.raises(ModelError):
             Nugget2D.from_pretrained(name)
-    with pytest.raises(ModelError, match="cannot load base"):
+    with pytest.raises(ModelError, match="is no model"):
         Nugget2D.from_pretrained(tmp_path)
     with pytest.raises(ModelError, match="cannot load base"):
         Nugget2D.from_base(tmp_path)
