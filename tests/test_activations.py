@@ -16,6 +16,8 @@ from nugget2d.modeling.cache import Nuggets
 from nugget2d.training.activations import offloaded, recomputed
 from nugget2d.training.objectives import Contexts, continue_loss, lm_loss, reconstruct_loss
 
+pytestmark = pytest.mark.slow
+
 Managers = Callable[[Nugget2D], list[AbstractContextManager[object]]]
 CASES = [("llama", "copies"), ("llama", "lora"), ("gpt2", "lora"), ("neox", "lora"), ("gemma3", "copies")]
 WAYS: dict[str, Managers] = {

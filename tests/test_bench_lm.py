@@ -27,6 +27,8 @@ from nugget2d.modeling.compatibility import as_cache
 from nugget2d.modeling.losses import token_losses
 from nugget2d.pooled import PooledMemory
 
+pytestmark = pytest.mark.slow
+
 BUDGET = Budget(states=24, chunk=8, ratio=4, share=0.5)
 FIRST = BUDGET.text
 LENGTH = 130
@@ -188,7 +190,6 @@ def bench(*arguments: object, code: int = 0) -> str:
     return result.stderr
 
 
-@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
     records = [{"text": tiny.TEXT * 16, "split": "val"}, {"text": "not read " * 9000, "split": "train"}]

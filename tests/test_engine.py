@@ -27,6 +27,8 @@ from nugget2d.server.jobs import Compression, Generation
 from nugget2d.text.detokenizer import Transcript
 from test_sampling import LOGITS, SEEDS, TEMPERATURES, TOP_PS
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["The keeper", "Seven, he would say to the dog", " and", "In winter the road was closed " * 3]
 # what differs for a padded batch: two weight sets on one base, sliding windows, learned positions, part of a head
 KINDS = [("llama", "lora"), ("gemma3", "copies"), ("gpt2", "lora"), ("neox", "lora")]

@@ -51,6 +51,7 @@ def test_odd_texts_come_back(llama: Nugget2D, text: str) -> None:
     assert memory.exact.patch_nbytes > 0
 
 
+@pytest.mark.slow
 @given(
     text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=120),
     ratio=st.sampled_from([1, 3, 20, 50]),

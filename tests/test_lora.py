@@ -14,6 +14,8 @@ import tiny
 from nugget2d import Nugget2D
 from nugget2d.errors import InputError, ModelError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:

@@ -19,6 +19,8 @@ from nugget2d.methods.nugget.accuracy import _Search
 from nugget2d.methods.nugget.encoding import SegmentResult, measure
 from nugget2d.text.segmentation import TextSegment, split
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = (resources.files("nugget2d") / "cli" / "demo.txt").read_text(encoding="utf-8")
 # what a model of English has hardly seen, after its own language
 ENGLISH = DOCUMENT[: DOCUMENT.index("\n", 600) + 1]
@@ -137,7 +139,6 @@ def test_joins_keep_accuracies_and_another_dtype_drops_them(nano: Nugget2D, mixe
     assert Memory.join([mixed, nano.compress("The dog.", ratio=2, dtype="int8")]).accuracy is None
 
 
-@pytest.mark.slow
 def test_exact_mode_patches_what_quality_leaves(nano: Nugget2D) -> None:
     memory = nano.compress(ENGLISH, target_accuracy=0.5, exact=True)
     assert 0.5 <= memory.accuracy < 1

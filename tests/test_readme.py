@@ -34,8 +34,13 @@ def printed(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 @pytest.mark.slow
 def test_the_example_of_a_real_lm_prints_what_is_shown(
-    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    smollm2: Path,
+    shared_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("NUGGET2D_CACHE", str(shared_cache))
     (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").symlink_to(smollm2)
     number = r"\d+\.\d\d"
     made, shown = printed(0, tmp_path, monkeypatch, capsys), blocks("text")[0]
@@ -44,6 +49,7 @@ def test_the_example_of_a_real_lm_prints_what_is_shown(
     assert len(losses) == 6 and losses == pytest.approx(expected, abs=0.015)  # rounding differs between machines
 
 
+@pytest.mark.slow
 def test_the_example_of_a_compressor_prints_what_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,9 +90,9 @@ def cache_folder() -> Path:
 
 
 def file_identity(path: Path) -> tuple[str, int, int, int]:
-    """Absolute path, size, time of the last change (ns) and inode: a file that is rewritten gets another."""
+    """Path (links followed), size, time of the last change (ns) and inode: a file that is rewritten gets another."""
     state = path.stat()
-    return str(path.absolute()), state.st_size, state.st_mtime_ns, state.st_ino
+    return str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino
 
 
 def decode_text(data: bytes, source: str) -> str:
