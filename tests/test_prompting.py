@@ -14,7 +14,15 @@ import chat_templates as templates
 import tiny
 from nugget2d import Nugget2D
 from nugget2d.errors import InputError
-from nugget2d.inference.prompting import Message, find_contents, render, split_around, stop_tokens, tokens_without
+from nugget2d.inference.prompting import (
+    Message,
+    around_context,
+    find_contents,
+    render,
+    split_around,
+    stop_tokens,
+    tokens_without,
+)
 from nugget2d.text.segmentation import tokenize, tokenize_after
 
 Make = Callable[[str | None], PreTrainedTokenizerFast]
@@ -333,3 +341,17 @@ def test_a_question_around_a_memory_reads_as_the_whole_conversation() -> None:
     assert model.score(answer, memory=memory, prompt=around.after) == pytest.approx(
         model.score(answer, prompt=whole), abs=1e-3
     )
+
+
+def test_a_chat_goes_around_the_context_of_a_memory() -> None:
+    tokenizer = templates.byte_level(templates.CHATML)
+    model = Nugget2D.from_base(tiny.lm("llama", vocab_size=len(tokenizer)), tokenizer, window=32)
+    context = tiny.TEXT[:150]
+    memory = model.compress(context, method="knorm", ratio=3, chat=True)
+    later = [Message("assistant", "The keeper."), Message("user", "And when?")]
+    after = around_context(tokenizer, [Message("user", "Who wrote?"), *later], memory.kv.prefix_ids)
+    whole = render(tokenizer, [Message("user", f"{context}\n\nWho wrote?"), *later]).ids
+    assert whole == [*memory.kv.prefix_ids, *tokenize_after(tokenizer, context), *after]
+    for messages in ([Message("system", "Be brief."), Message("user", "Who?")], [Message("assistant", "No.")]):
+        with pytest.raises(InputError, match=r"system message|send one"):
+            around_context(tokenizer, messages, memory.kv.prefix_ids)

@@ -152,6 +152,21 @@ def test_a_chat_is_read_as_its_template_has_it(chatting: Nugget2D, tmp_path: Pat
     assert answer.usage.prompt_tokens == answer.usage.prompt_tokens_details.whole_tokens == len(ids)
 
 
+def test_a_chat_goes_around_a_memory_that_was_made_for_it(chatting: Nugget2D, tmp_path: Path) -> None:
+    """At ratio 1 the answer is that of the whole conversation, read without a memory."""
+    context, question = tiny.TEXT[:150], [{"role": "user", "content": "Who wrote?"}]
+    whole = [{"role": "user", "content": f"{context}\n\nWho wrote?"}]
+    ask = {"model": "tiny", "max_tokens": 8, "temperature": 0}
+    with serving(chatting, tmp_path) as server:
+        memory = memory_of(server, context, method="knorm", ratio=1, options={"chat": True})
+        chat = server.client().chat.completions
+        answer = chat.create(messages=question, extra_body={"memory_ids": [memory]}, **ask)
+        assert answer.choices[0].message.content == chat.create(messages=whole, **ask).choices[0].message.content
+        with pytest.raises(openai.BadRequestError, match="begins otherwise"):
+            messages = [{"role": "system", "content": "Be brief."}, *question]
+            chat.create(messages=messages, extra_body={"memory_ids": [memory]}, **ask)
+
+
 def test_messages_that_a_template_refuses_are_a_bad_request(chatting: Nugget2D, tmp_path: Path) -> None:
     model = copy.copy(chatting)
     model.tokenizer = templates.byte_level(templates.MISTRAL_V3)

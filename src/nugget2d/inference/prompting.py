@@ -21,6 +21,7 @@ from nugget2d.text.special_tokens import Span, SpecialTokens, tokenize_part, unu
 
 # without a template, where the model would continue with the next question by itself
 PLAIN_STOP = "\nuser:"
+_STAND_IN = "x"
 # raised by a template itself, and by its expressions on messages that it does not expect
 _REFUSALS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
 
@@ -107,6 +108,33 @@ def split_around(
         _tokens(tokenizer, whole.text, whole.quoted, 0, len(before)),
         _tokens(tokenizer, whole.text, whole.quoted, end, len(whole.text)),
     )
+
+
+def around_context(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prefix_ids: Sequence[int]
+) -> list[int]:
+    """The tokens after a context that stands, compressed, at the start of the first user message.
+
+    Args:
+        tokenizer: the model's.
+        messages: the conversation without the context; an empty line separates the two.
+        prefix_ids: the tokens before the context that its memory holds (`KVPayload.prefix_ids`, with `chat=True`).
+
+    Raises:
+        InputError: as `split_around`; there is no user message, or the template puts other tokens before it.
+    """
+    index = next((index for index, message in enumerate(messages) if message.role == "user"), None)
+    if index is None:
+        raise InputError("a memory made with chat=True belongs into a user message; send one")
+    # whatever stands for the context here, the tokens around it are the same
+    asked = replace(messages[index], text=f"{_STAND_IN}\n\n{messages[index].text}")
+    split = split_around(tokenizer, [*messages[:index], asked, *messages[index + 1 :]], index, (0, len(_STAND_IN)))
+    if split.before != list(prefix_ids):
+        raise InputError(
+            "the memory was made for a conversation that begins otherwise (another system message, or none); leave the "
+            "system message out, or compress the text again without chat"
+        )
+    return split.after
 
 
 def find_contents(

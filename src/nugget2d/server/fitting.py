@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from nugget2d.errors import InputError
-from nugget2d.inference.prompting import Message, find_contents, render, tokens_without
+from nugget2d.inference.prompting import Message, around_context, find_contents, render, tokens_without
 from nugget2d.text.segmentation import split, tokenize, tokenize_after
 from nugget2d.text.special_tokens import Span
 
@@ -86,3 +86,26 @@ def fit_conversation(
             "end, and messages that the template changes or repeats); send less"
         )
     return Prompt("\n".join(conversation.text[start:end] for start, end in removed), ids)
+
+
+def fit_around_context(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], limit: int, prefix_ids: Sequence[int]
+) -> Prompt:
+    """A conversation whose first user message begins with a context that a memory holds (`chat=True`).
+
+    Args:
+        tokenizer: the model's, with a chat template.
+        messages: the conversation without that context.
+        limit: how many tokens may be uncompressed.
+        prefix_ids: the tokens before the context, which the memory holds too.
+
+    Raises:
+        InputError: too many tokens; see also `prompting.around_context`.
+    """
+    ids = around_context(tokenizer, messages, prefix_ids)
+    if len(ids) > limit:
+        raise InputError(
+            f"the prompt is too long for max_context: {len(ids):,} tokens follow the memory, {limit:,} are read; "
+            "send less"
+        )
+    return Prompt("", ids)

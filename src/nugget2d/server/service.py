@@ -21,7 +21,7 @@ from nugget2d.server.compression import consecutive
 from nugget2d.server.context import RequestContext
 from nugget2d.server.engine import Engine
 from nugget2d.server.events import Event, Failed, Finished, Made
-from nugget2d.server.fitting import Prompt, fit_conversation, fit_text
+from nugget2d.server.fitting import Prompt, fit_around_context, fit_conversation, fit_text
 from nugget2d.server.jobs import Compression, Generation, Job
 from nugget2d.server.metrics import Metrics
 from nugget2d.server.schemas import MemoryRequest
@@ -178,6 +178,8 @@ class Service:
         tokenizer, limit, window = self.tokenizer, self._limit(question), self._model.config.window
         text, stop = question.prompt, list[str]()
         if not isinstance(text, str):
+            if memory is not None and memory.method.config.get("chat"):
+                return fit_around_context(tokenizer, text, limit, memory.kv.prefix_ids), stop, memory
             if tokenizer.chat_template:
                 return fit_conversation(tokenizer, text, limit, window), stop, memory
             text, stop = plain_text(text), [PLAIN_STOP]
