@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -84,6 +84,7 @@ def test_a_conversation_is_what_its_template_makes_of_it(make: Make, name: str) 
     tokenizer = make(templates.TEMPLATES[name])
     fed = []
 
+    @settings(max_examples=30)  # of each template and tokenizer
     @given(conversations(plain_texts))
     def check(messages: list[Message]) -> None:
         wanted = template_ids(tokenizer, messages)
@@ -246,6 +247,7 @@ def test_contents_are_found_where_they_stand(make: Make, name: str) -> None:
     tokenizer = make(templates.TEMPLATES[name])
     found = 0
 
+    @settings(max_examples=30)  # of each template and tokenizer
     @given(conversations(plain_texts))
     def check(messages: list[Message]) -> None:
         nonlocal found
