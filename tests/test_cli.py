@@ -273,6 +273,13 @@ def test_bad_standard_input(model: str, tmp_path: Path) -> None:
     fails("compress", tmp_path, "-o", tmp_path / "a", "--model", model, saying="directory")
 
 
+def test_a_text_is_not_replaced_by_its_memory(source: Path, model: str, tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_bytes(source.read_bytes())
+    fails("compress", text, "-o", text, "--force", "--model", model, saying="is the text itself")
+    assert text.read_bytes() == source.read_bytes()
+
+
 @pytest.mark.parametrize("ratio", ["0.5", "0", "-3", "nan", "-inf"])
 def test_ratio_below_one(ratio: str, model: str, source: Path, tmp_path: Path) -> None:
     fails("compress", source, "-o", tmp_path / "a", "--model", model, "--ratio", ratio, saying="at least 1")

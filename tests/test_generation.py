@@ -6,6 +6,7 @@ import pytest
 
 import tiny
 from nugget2d import Nugget2D
+from nugget2d.errors import InputError
 
 
 class Recorded:
@@ -48,3 +49,10 @@ def test_ends_that_are_asked_for_replace_them(llama: Nugget2D, monkeypatch: pyte
     end = next(place for place in range(2, 8) if ids[place] not in ids[:place])
     llama.generate("The keeper", max_new_tokens=8, eos_token_id=ids[end])
     assert recorded.ids[1] == ids[: end + 1]
+
+
+@pytest.mark.parametrize("wrong", ["a.nugget", [], 3])
+def test_what_is_no_memory_is_named(llama: Nugget2D, wrong: Any) -> None:
+    for read in (llama.generate, llama.score):
+        with pytest.raises(InputError, match=f"memory is {type(wrong).__name__}, not a Memory"):
+            read("The keeper", memory=wrong)

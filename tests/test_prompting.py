@@ -357,3 +357,13 @@ def test_a_chat_goes_around_the_context_of_a_memory() -> None:
     for messages in ([Message("system", "Be brief."), Message("user", "Who?")], [Message("assistant", "No.")]):
         with pytest.raises(InputError, match=r"system message|send one"):
             around_context(tokenizer, messages, memory.kv.prefix_ids)
+
+
+def test_a_text_after_a_memory_for_chats_is_a_question() -> None:
+    tokenizer = templates.byte_level(templates.CHATML)
+    model = Nugget2D.from_base(tiny.lm("llama", vocab_size=len(tokenizer)), tokenizer, window=32)
+    memory = model.compress(tiny.TEXT[:150], method="knorm", ratio=3, chat=True)
+    ids = around_context(tokenizer, [Message("user", "Who wrote?")], memory.kv.prefix_ids)
+    assert model.score("He.", memory=memory, prompt="Who wrote?") == model.score("He.", memory=memory, prompt=ids)
+    asked = model.generate("Who wrote?", memory=memory, max_new_tokens=6)
+    assert asked == model.generate(ids, memory=memory, max_new_tokens=6)

@@ -167,6 +167,19 @@ def test_a_chat_goes_around_a_memory_that_was_made_for_it(chatting: Nugget2D, tm
             chat.create(messages=messages, extra_body={"memory_ids": [memory]}, **ask)
 
 
+def test_a_form_takes_what_json_takes_and_refuses_what_it_does_not_know(chatting: Nugget2D, tmp_path: Path) -> None:
+    file = {"file": ("a.txt", tiny.TEXT[:150].encode())}
+    with serving(chatting, tmp_path) as server:
+        asked = {"method": "knorm", "nuggets": 9}
+        made = memory_of(server, tiny.TEXT[:150], **asked, options={"chat": True})
+        post = server.http().post
+        same = post("/v1/memories/file", files=file, data=asked | {"options": '{"chat": true}'})
+        assert (same.status_code, same.json()["id"]) == (201, made)
+        for wrong in ({"foo": "bar"}, {"options": "garbage"}, {"options": "[1]"}):
+            refused = post("/v1/memories/file", files=file, data=wrong)
+            assert refused.status_code == 422 and next(iter(wrong)) in refused.json()["error"]["message"]
+
+
 def test_messages_that_a_template_refuses_are_a_bad_request(chatting: Nugget2D, tmp_path: Path) -> None:
     model = copy.copy(chatting)
     model.tokenizer = templates.byte_level(templates.MISTRAL_V3)

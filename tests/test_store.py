@@ -376,3 +376,13 @@ def test_records_are_plain_json(store: MemoryStore, llama: Nugget2D) -> None:
     assert json.loads(record.model_dump_json())["model"]["name"] == record.model.name
     assert store.records()[0].name == "\u2028 \x1b[31m"
     assert isinstance(Memory.load(store.place(record.id)), Memory)
+
+
+def test_a_training_free_memory_is_found_by_every_word(store: MemoryStore, llama: Nugget2D) -> None:
+    """Also by those whose tokens no head of the first layer keeps."""
+    memory = llama.compress(TEXT, method="knorm", ratio=20)
+    told = store.put(memory, model=llama, name="told", text=TEXT)
+    untold = store.put(memory.to("int8"), model=llama, name="untold")
+    found = [{hit.record.id for hit in store.search(llama, word)} for word in TEXT.rstrip(".").split()]
+    assert all(told.id in ids for ids in found)
+    assert not all(untold.id in ids for ids in found)

@@ -21,3 +21,7 @@ def __getattr__(name: str) -> object:
 
         return Nugget2D
     raise AttributeError(f"module 'nugget2d' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -25,6 +25,7 @@ from nugget2d.cli.options import (
     compress_arguments,
 )
 from nugget2d.cli.shared import against, load_model, metrics_table, progress, read_source
+from nugget2d.errors import InputError
 from nugget2d.files import check_writable
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def compress(
     force: Force = False,
 ) -> None:
     """Compress a text into a memory file."""
+    if file != "-" and out.exists() and Path(file).exists() and out.samefile(file):
+        raise InputError(f"{out} is the text itself; give the memory another name")
     check_writable(out, force=force)
     arguments = compress_arguments(
         method=method,

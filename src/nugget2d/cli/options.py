@@ -29,11 +29,11 @@ DEFAULT_MODEL = "nano"
 DEFAULT_STORE = "~/.nugget2d/store"
 
 MemoryFile = Annotated[Path, typer.Argument(metavar="MEMORY.nugget", help="A memory made by `nugget2d compress`.")]
-ModelName = Annotated[str, typer.Option("--model", help="Bundled model, model folder, or hub id.")]
+ModelName = Annotated[str, typer.Option("--model", help="Bundled model, folder, hub id, or .gguf file.")]
 ReaderName = Annotated[
     str | None,
     typer.Option(
-        "--model", help="Bundled model, model folder, or hub id.", show_default="the model named in the memory"
+        "--model", help="Bundled model, folder, hub id, or .gguf file.", show_default="the model named in the memory"
     ),
 ]
 MethodName = Annotated[

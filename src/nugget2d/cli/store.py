@@ -186,7 +186,8 @@ def verify(store: StorePlace = DEFAULT_STORE) -> None:
     with _open(store) as memories:
         damages = memories.verify()
         for damage in damages:
-            say("error", f"{damage.id or 'index'}: {damage.reason}")
+            remedy = f"; `nugget2d store rm {damage.id[:SHORT]}` and add its text again" if damage.id else ""
+            say("error", f"{damage.id or 'index'}: {damage.reason}{remedy}")
         if damages:
             raise typer.Exit(1)
         say("verified", f"{len(memories.records()):,} memories, nothing is damaged")

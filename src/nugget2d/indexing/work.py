@@ -80,7 +80,13 @@ class Worker:
                 outcomes.append(Done(document.name, 0))
             elif isinstance(result, Memory):
                 self._store.put(
-                    result, model=self._model, key=key, name=document.name, tags=self._tags, settings=self._settings
+                    result,
+                    model=self._model,
+                    key=key,
+                    name=document.name,
+                    tags=self._tags,
+                    settings=self._settings,
+                    text=document.text,
                 )
                 outcomes.append(Done(document.name, result.num_tokens))
             else:

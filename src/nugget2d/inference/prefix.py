@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from nugget2d.errors import ContextWarning, warn
+from nugget2d.errors import ContextWarning, InputError, warn
 from nugget2d.inference.placement import placed_heads, placed_nuggets
+from nugget2d.inference.prompting import Message, around_context
 from nugget2d.memory.kv import KVPayload
 from nugget2d.memory.memory import Memory
 from nugget2d.memory.payload import TextPayload
@@ -71,6 +72,7 @@ def prefix(model: Network, memory: Memory | None, room: int = 0, *, start: bool 
     """
     if memory is None:
         return _as_text(model, [], room, start=start)
+    _require_memory(memory)
     model.require(memory)
     payload = memory.payload
     if isinstance(payload, TextPayload):
@@ -83,9 +85,21 @@ def prefix(model: Network, memory: Memory | None, room: int = 0, *, start: bool 
 
 
 def prompt_ids(model: Network, memory: Memory | None, prompt: str | Sequence[int]) -> Tensor:
-    """(1, q) tokens of a prompt; ids, e.g. of a chat template (`prompting.split_around`), are taken as they are."""
+    """(1, q) tokens of a prompt.
+
+    A text after a memory made with `chat=True` is a question: it follows the context in the same user message, and the
+    chat template continues. Ids, e.g. of `prompting.split_around`, are taken as they are.
+
+    Raises:
+        InputError: the chat template cannot be put around that question.
+    """
     if isinstance(prompt, str):
-        return model.ids(prompt) if memory is None else model.ids_after(prompt)
+        if memory is None:
+            return model.ids(prompt)
+        _require_memory(memory)
+        if not memory.method.config.get("chat"):
+            return model.ids_after(prompt)
+        prompt = around_context(model.tokenizer, [Message("user", prompt)], memory.kv.prefix_ids)
     return torch.tensor([list(prompt)], dtype=torch.long, device=model.device)
 
 
@@ -110,6 +124,11 @@ def read(model: Network, before: Prefix, embeds: Tensor, *, logits_to_keep: int 
 def attention_for(lm: PreTrainedModel, cache: Cache) -> AbstractContextManager[None]:
     """A context in which `lm` can read `cache`, whose heads may differ in length."""
     return headwise_attention(lm) if isinstance(cache, HeadwiseCache) else nullcontext()
+
+
+def _require_memory(memory: object) -> None:
+    if not isinstance(memory, Memory):
+        raise InputError(f"memory is {type(memory).__name__}, not a Memory; read a file with Memory.load(path)")
 
 
 def _as_text(model: Network, ids: list[int], room: int, *, start: bool) -> Prefix:

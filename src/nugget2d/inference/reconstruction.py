@@ -51,13 +51,12 @@ def reconstruct_texts(
 
 
 def _require_reconstructible(model: Network, memory: Memory) -> None:
-    model.require(memory)
-    model.require_compressor()
-    if memory.reader.role != "decoder" or memory.kv.heads is not None:
+    if memory.reader.role != "decoder":
         raise InputError(
             f"a memory of method {memory.method.name!r} cannot be reconstructed: only nugget2d is trained to "
-            "reconstruct text; compress with method='nugget2d', or generate and score from this one"
+            "reconstruct text; generate and score from this one, or compress with a trained compressor"
         )
+    model.require(memory)
 
 
 def _verified(memory: Memory, parts: list[str]) -> list[str]:

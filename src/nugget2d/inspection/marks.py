@@ -147,6 +147,10 @@ def _inspection(
 ) -> Inspection:
     marks: list[Mark] = []
     for (start, end), nugget in zip(spans, _nuggets(memory, scores), strict=True):
+        if (
+            nugget.rank > memory.num_nuggets
+        ):  # heads differ: as many are shown as a head keeps, those that most heads keep
+            continue
         if marks and start < marks[-1].end:
             # two tokens hold bytes of one character
             last = marks.pop()
@@ -171,6 +175,6 @@ def _nuggets(memory: Memory, scores: list[float]) -> list[Nugget]:
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
     ranks = {index: rank for rank, index in enumerate(order, start=1)}
     return [
-        Nugget(position, span, score, ranks[index], LEVELS - (ranks[index] - 1) * LEVELS // len(ranks))
+        Nugget(position, span, score, ranks[index], LEVELS - (ranks[index] - 1) * LEVELS // memory.num_nuggets)
         for index, (position, span, score) in enumerate(zip(memory.positions, memory.spans, scores, strict=True))
     ]

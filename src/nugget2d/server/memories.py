@@ -1,13 +1,14 @@
 """The routes `/v1/memories`: the stored memories of an owner."""
 
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
+from pydantic import Json
 
 from nugget2d.files import decode_text
 from nugget2d.memory.states import StoreDtype
-from nugget2d.server.api_errors import documented
+from nugget2d.server.api_errors import APIError, documented
 from nugget2d.server.context import RequestContext
 from nugget2d.server.schemas import DeletedMemory, MemoryList, MemoryRequest, StoredMemory, Tag
 from nugget2d.server.service import Service
@@ -15,6 +16,8 @@ from nugget2d.store import Record
 
 REFUSED = documented(400, 401, 408, 413, 422, 429, 500, 503, 504)
 LISTED = documented(401, 422, 500)
+# of the upload form; FastAPI would drop others in silence
+FIELDS = {"file", "name", "tags", "method", "ratio", "nuggets", "nbytes", "dtype", "options"}
 FOUND = documented(401, 404, 422, 500)
 
 
@@ -36,12 +39,29 @@ def memories(service: Service) -> APIRouter:
         tags: Annotated[list[Tag], Form(max_length=32)] = [],  # noqa: B006 - read only
         method: Annotated[str | None, Form(max_length=100)] = None,
         ratio: Annotated[float | None, Form(ge=1, le=1e6)] = None,
+        nuggets: Annotated[int | None, Form(ge=1)] = None,
+        nbytes: Annotated[int | None, Form(ge=1)] = None,
         dtype: Annotated[StoreDtype | None, Form()] = None,
+        options: Annotated[Json[dict[str, Any]] | None, Form(description="JSON, the method's own options.")] = None,
     ) -> StoredMemory:
         """The same for a text file, as a form."""
+        if unknown := sorted(set(await request.form()) - FIELDS):
+            raise APIError(
+                422, f"{', '.join(unknown)}: no such field; there are {', '.join(sorted(FIELDS))}", param=unknown[0]
+            )
         text = decode_text(await file.read(), "the file")
         title = (file.filename or "")[:200] if name is None else name
-        body = MemoryRequest(text=text, name=title, tags=tags, method=method, ratio=ratio, dtype=dtype)
+        body = MemoryRequest(
+            text=text,
+            name=title,
+            tags=tags,
+            method=method,
+            ratio=ratio,
+            nuggets=nuggets,
+            nbytes=nbytes,
+            dtype=dtype,
+            options=options or {},
+        )
         return shown(await service.remember(RequestContext.of(request), body))
 
     @api.get("", responses=LISTED)

@@ -137,6 +137,7 @@ class Service:
                 tags=request.tags,
                 owner=context.owner,
                 settings=settings,
+                text=request.text,
             )
         )
 

@@ -63,6 +63,7 @@ class MemoryStore:
         tags: Sequence[str] = (),
         owner: str = "",
         settings: CompressOptions | None = None,
+        text: str | None = None,
     ) -> Record:
         """Store a memory durably: it survives a power failure after this returns.
 
@@ -74,6 +75,8 @@ class MemoryStore:
             tags: words to filter by.
             owner: its namespace.
             settings: how it was made, for the record.
+            text: what it was made of. With it a training-free memory is found by all its words, else by those whose
+                tokens can be decoded from its states.
 
         Returns:
             The record; the existing one, unchanged, if this owner has this memory already.
@@ -87,7 +90,7 @@ class MemoryStore:
             raise InputError(f"{key!r} is no content address; take that of `CompressOptions.address`")
         record = Record.of(memory, key or memory.checksum, name=name, tags=tags, owner=owner, settings=settings)
         return self._backend.keep(
-            Entry(record, b"" if model is None else Words.of(memory, model).to_bytes()), memory.to_bytes()
+            Entry(record, b"" if model is None else _words(memory, model, text).to_bytes()), memory.to_bytes()
         )
 
     def add(
@@ -114,7 +117,7 @@ class MemoryStore:
         if (known := self.at(key, owner=owner)) is not None:
             return known
         memory = self._backend.find(key) or settings.compress(model, [text], on_progress)[0]
-        return self.put(memory, model=model, key=key, name=name, tags=tags, owner=owner, settings=settings)
+        return self.put(memory, model=model, key=key, name=name, tags=tags, owner=owner, settings=settings, text=text)
 
     def at(self, key: str, *, owner: str = "") -> Record | None:
         """The record that `owner` has at a content address (`CompressOptions.address`), if there is one."""
@@ -229,6 +232,13 @@ class MemoryStore:
     ) -> None:
         """See `close`."""
         self.close()
+
+
+def _words(memory: Memory, model: Nugget2D, text: str | None) -> Words:
+    """What a memory is found by. The states of training-free memories tell only the tokens that early layers keep."""
+    if text is not None and memory.reader.role == "base" and memory.kind == "kv":
+        return Words.of_text(memory, model, text)
+    return Words.of(memory, model)
 
 
 def _unknown(id: str) -> UnknownMemoryError:

@@ -44,6 +44,14 @@ class Words:
         counts = np.array([len(part) for part in parts], dtype=np.int32)
         return Words(torch.cat(parts).numpy().astype(np.int32), counts, np.array(spans, dtype=np.int32))
 
+    @staticmethod
+    def of_text(memory: Memory, model: Nugget2D, text: str) -> "Words":
+        """All tokens of the text that a memory was made of."""
+        spans = [(segment.start, segment.end) for segment in memory.segments]
+        parts = [model.ids(text[start:end])[0].cpu().numpy().astype(np.int32) for start, end in spans]
+        counts = np.array([len(part) for part in parts], dtype=np.int32)
+        return Words(np.concatenate(parts), counts, np.array(spans, dtype=np.int32))
+
     def to_bytes(self) -> bytes:
         """For a store's index."""
         return safetensors.numpy.save({"tokens": self.tokens, "counts": self.counts, "spans": self.spans})
