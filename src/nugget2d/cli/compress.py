@@ -49,8 +49,6 @@ def compress(
     force: Force = False,
 ) -> None:
     """Compress a text into a memory file."""
-    if file != "-" and out.exists() and Path(file).exists() and out.samefile(file):
-        raise InputError(f"{out} is the text itself; give the memory another name")
     check_writable(out, force=force)
     arguments = compress_arguments(
         method=method,
@@ -65,6 +63,8 @@ def compress(
         more=more,
     )
     text = read_source(file)
+    if file != "-" and out.exists() and out.samefile(file):
+        raise InputError(f"{out} is the text itself; give the memory another name")
     compressor = load_model(model)
     start = perf_counter()
     with progress("compressing") as on_progress:

@@ -51,12 +51,13 @@ def reconstruct_texts(
 
 
 def _require_reconstructible(model: Network, memory: Memory) -> None:
-    if memory.reader.role != "decoder":
+    model.require(memory)
+    model.require_compressor()
+    if memory.reader.role != "decoder" or memory.kv.heads is not None:
         raise InputError(
             f"a memory of method {memory.method.name!r} cannot be reconstructed: only nugget2d is trained to "
-            "reconstruct text; generate and score from this one, or compress with a trained compressor"
+            "reconstruct text; compress with method='nugget2d', or generate and score from this one"
         )
-    model.require(memory)
 
 
 def _verified(memory: Memory, parts: list[str]) -> list[str]:
