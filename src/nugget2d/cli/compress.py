@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -10,19 +10,9 @@ from rich.table import Table
 
 from nugget2d.cli.options import (
     DEFAULT_MODEL,
-    Bytes,
-    DtypeOption,
-    Exact,
     Force,
-    MethodName,
-    MethodOptions,
     ModelName,
-    Nuggets,
-    OptimizeSteps,
-    Ratio,
-    SelectionOption,
-    TargetAccuracy,
-    compress_arguments,
+    takes_compress_options,
 )
 from nugget2d.cli.shared import against, load_model, metrics_table, progress, read_source
 from nugget2d.errors import InputError
@@ -32,43 +22,24 @@ if TYPE_CHECKING:
     from nugget2d import Memory
 
 
+@takes_compress_options
 def compress(
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="A UTF-8 text; - reads standard input.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the memory.")],
-    method: MethodName = None,
-    ratio: Ratio = None,
-    nuggets: Nuggets = None,
-    nbytes: Bytes = None,
-    target_accuracy: TargetAccuracy = None,
-    optimize_steps: OptimizeSteps = None,
-    exact: Exact = False,
-    dtype: DtypeOption = None,
-    selection: SelectionOption = None,
-    more: MethodOptions = None,
+    *,
+    options: dict[str, Any],
     model: ModelName = DEFAULT_MODEL,
     force: Force = False,
 ) -> None:
     """Compress a text into a memory file."""
     check_writable(out, force=force)
-    arguments = compress_arguments(
-        method=method,
-        ratio=ratio,
-        nuggets=nuggets,
-        nbytes=nbytes,
-        target_accuracy=target_accuracy,
-        optimize_steps=optimize_steps,
-        exact=exact,
-        dtype=dtype,
-        selection=selection,
-        more=more,
-    )
     text = read_source(file)
     if file != "-" and out.exists() and out.samefile(file):
         raise InputError(f"{out} is the text itself; give the memory another name")
     compressor = load_model(model)
     start = perf_counter()
     with progress("compressing") as on_progress:
-        memory = compressor.compress(text, on_progress=on_progress, **arguments)
+        memory = compressor.compress(text, on_progress=on_progress, **options)
     seconds = perf_counter() - start
     size = memory.save(out, force=force)
     Console().print(_report(memory, size, seconds))

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,21 +11,11 @@ from rich.table import Table
 from nugget2d.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_STORE,
-    Bytes,
-    DtypeOption,
     Engine,
-    Exact,
-    MethodName,
-    MethodOptions,
     ModelName,
-    Nuggets,
-    OptimizeSteps,
-    Ratio,
-    SelectionOption,
     StorePlace,
     Tags,
-    TargetAccuracy,
-    compress_arguments,
+    takes_compress_options,
 )
 from nugget2d.cli.shared import metrics_table, progress, safe_to_interrupt, say
 
@@ -33,6 +23,7 @@ if TYPE_CHECKING:
     from nugget2d.indexing.run import Summary
 
 
+@takes_compress_options
 def index(
     source: Annotated[
         Path, typer.Argument(metavar="FOLDER|JSONL", help="A folder of .txt and .md files, a .jsonl or .jsonl.xz file.")
@@ -45,39 +36,19 @@ def index(
         int | None, typer.Option("--workers", min=1, help="Processes, one thread each.", show_default="one a core")
     ] = None,
     tag: Tags = None,
-    method: MethodName = None,
-    ratio: Ratio = None,
-    nuggets: Nuggets = None,
-    nbytes: Bytes = None,
-    target_accuracy: TargetAccuracy = None,
-    optimize_steps: OptimizeSteps = None,
-    exact: Exact = False,
-    dtype: DtypeOption = None,
-    selection: SelectionOption = None,
-    more: MethodOptions = None,
+    *,
+    options: dict[str, Any],
     model: ModelName = DEFAULT_MODEL,
 ) -> None:
     """Compress every document of a corpus into a store; documents that it has already are skipped.
 
     The same command resumes an interrupted run. Documents that cannot be read are named at the end.
     """
-    arguments = compress_arguments(
-        method=method,
-        ratio=ratio,
-        nuggets=nuggets,
-        nbytes=nbytes,
-        target_accuracy=target_accuracy,
-        optimize_steps=optimize_steps,
-        exact=exact,
-        dtype=dtype,
-        selection=selection,
-        more=more,
-    )
     with safe_to_interrupt():
         from nugget2d.indexing.run import index as run
         from nugget2d.indexing.work import Job
 
-    job = Job(store=store, model=model, options=arguments, tags=tuple(tag or ()))
+    job = Job(store=store, model=model, options=options, tags=tuple(tag or ()))
     with progress("indexing", unit="documents") as on_progress:
         summary = run(source, job, workers or os.cpu_count() or 1, on_progress, engine)
     for failure in summary.failures:

@@ -1,6 +1,9 @@
 """Options that several commands share, and former names of options."""
 
+import functools
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -95,16 +98,16 @@ def current_option(name: str) -> str:
 
 def compress_arguments(
     *,
-    method: str | None,
-    ratio: float | None,
-    nuggets: int | None = None,
-    nbytes: int | None = None,
-    target_accuracy: float | None = None,
-    optimize_steps: int | None = None,
-    exact: bool = False,
-    dtype: Dtype | None = None,
-    selection: Selection | None = None,
-    more: list[str] | None = None,
+    method: MethodName = None,
+    ratio: Ratio = None,
+    nuggets: Nuggets = None,
+    nbytes: Bytes = None,
+    target_accuracy: TargetAccuracy = None,
+    optimize_steps: OptimizeSteps = None,
+    exact: Exact = False,
+    dtype: DtypeOption = None,
+    selection: SelectionOption = None,
+    more: MethodOptions = None,
 ) -> dict[str, Any]:
     """Those of these options that were given, as arguments of `Nugget2D.compress`; `more` are the `--set` ones.
 
@@ -125,3 +128,24 @@ def compress_arguments(
         except ValueError:
             given[name] = value
     return given
+
+
+def takes_compress_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with every option of `compress_arguments` in the place of its parameter `options`, which gets them."""
+    own = list(inspect.signature(command).parameters.values())
+    shared = list(inspect.signature(compress_arguments).parameters.values())
+    place = [parameter.name for parameter in own].index("options")
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in (*own[:place], *shared, *own[place + 1 :])
+    ]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        options = compress_arguments(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+        command(**given, options=options)
+
+    # typer makes a command line of both
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run

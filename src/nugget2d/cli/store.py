@@ -10,21 +10,11 @@ import typer
 from nugget2d.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_STORE,
-    Bytes,
-    DtypeOption,
-    Exact,
-    MethodName,
-    MethodOptions,
     ModelName,
-    Nuggets,
-    OptimizeSteps,
-    Ratio,
-    SelectionOption,
     StorePlace,
     Tag,
     Tags,
-    TargetAccuracy,
-    compress_arguments,
+    takes_compress_options,
 )
 from nugget2d.cli.shared import load_model, progress, read_source, safe_to_interrupt, say
 from nugget2d.errors import InputError, UnknownMemoryError
@@ -41,35 +31,16 @@ Id = Annotated[str, typer.Argument(metavar="ID", help="An id, or its first digit
 
 
 @store.command()
+@takes_compress_options
 def add(
     files: Annotated[list[str], typer.Argument(metavar="FILES...|-", help="UTF-8 texts; - reads standard input.")],
     store: StorePlace = DEFAULT_STORE,
     tag: Tags = None,
-    method: MethodName = None,
-    ratio: Ratio = None,
-    nuggets: Nuggets = None,
-    nbytes: Bytes = None,
-    target_accuracy: TargetAccuracy = None,
-    optimize_steps: OptimizeSteps = None,
-    exact: Exact = False,
-    dtype: DtypeOption = None,
-    selection: SelectionOption = None,
-    more: MethodOptions = None,
+    *,
+    options: dict[str, Any],
     model: ModelName = DEFAULT_MODEL,
 ) -> None:
     """Compress texts into the store; one that it has already, made the same way, is not compressed again."""
-    arguments = compress_arguments(
-        method=method,
-        ratio=ratio,
-        nuggets=nuggets,
-        nbytes=nbytes,
-        target_accuracy=target_accuracy,
-        optimize_steps=optimize_steps,
-        exact=exact,
-        dtype=dtype,
-        selection=selection,
-        more=more,
-    )
     texts = [read_source(file) for file in files]
     compressor = load_model(model)
     with _open(store, create=True) as memories:
@@ -82,7 +53,7 @@ def add(
                     name="" if file == "-" else file,
                     tags=tag or (),
                     on_progress=on_progress,
-                    **arguments,
+                    **options,
                 )
             known = " (was there)" if record.created < start else ""
             typer.echo(

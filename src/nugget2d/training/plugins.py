@@ -8,6 +8,7 @@ another kind of memory (`memory`), and, as an `AuxiliaryLoss`, add to the loss o
 """
 
 import importlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -88,12 +89,12 @@ class AuxiliaryLoss(Plugin):
         """A context around the forward pass of the objective; `losses` gets what it yields."""
         return nullcontext()
 
+    @abstractmethod
     def losses(self, batch: MicroBatch, watched: Any) -> dict[str, Tensor]:
         """The losses of a micro-batch by their names in the log; none where it has nothing to learn from.
 
         Which names there are must follow from objective and progress: processes share out the micro-batches of a step.
         """
-        raise NotImplementedError
 
 
 def load_plugins(stage: CompressStage) -> list[Plugin]:
