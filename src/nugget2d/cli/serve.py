@@ -1,6 +1,7 @@
 """`nugget2d serve`: an OpenAI-compatible server that reads stored memories."""
 
-from ipaddress import ip_address
+import os
+import re
 from typing import Annotated
 
 import typer
@@ -8,6 +9,8 @@ import typer
 from nugget2d.cli.options import DEFAULT_MODEL, DEFAULT_STORE, ModelName, StorePlace
 from nugget2d.cli.shared import load_model, safe_to_interrupt
 from nugget2d.errors import InputError
+
+_KEYS = "NUGGET2D_API_KEYS"
 
 
 def serve(
@@ -19,9 +22,18 @@ def serve(
         list[str] | None,
         typer.Option(
             "--api-key",
-            envvar="NUGGET2D_API_KEYS",
+            envvar=_KEYS,
             help="Who may ask; repeatable. Other users of this machine can see it here: the variable is safer.",
             show_default="everyone may",
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host",
+            metavar="NAME",
+            help="Another name that this server is asked by, or whose pages may ask it; repeatable.",
+            show_default="those of loopback",
         ),
     ] = None,
     max_context: Annotated[
@@ -44,10 +56,18 @@ def serve(
     grace: Annotated[float, typer.Option("--grace", min=0, help="Seconds for running requests at shutdown.")] = 30,
 ) -> None:
     """Serve a model and its memories over HTTP, as the OpenAI API does (docs/SERVING.md)."""
+    from nugget2d.server.settings import NAME, is_loopback
+
     keys = api_key or []
     if not all(key.strip() for key in keys):
         raise InputError("an API key is empty, so that everyone would have it; leave it out or give another")
-    if not keys and not _is_loopback(host):
+    if not keys and _KEYS in os.environ:
+        raise InputError(f"{_KEYS} is set, but has no key in it: everyone might ask; unset it, or put keys into it")
+    allowed = [name.lower() for name in allow_host or []]
+    for name in allowed:
+        if not re.fullmatch(NAME, name):
+            raise InputError(f"--allow-host takes a name without scheme and port, as chat.example.com, not {name!r}")
+    if not keys and not is_loopback(host):
         raise InputError(
             f"{host} can be reached from other machines: give keys (NUGGET2D_API_KEYS), or stay on 127.0.0.1"
         )
@@ -74,12 +94,7 @@ def serve(
             seconds=time_limit,
             max_bytes=max_bytes,
             grace=grace,
+            host=host,
+            allow_hosts=tuple(allowed),
         )
         run(served, memories, settings, Keys(keys), listener)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -3,7 +3,10 @@
 Only what a client caused is explained; of the server's own failures it learns nothing but that there was one.
 """
 
+from collections.abc import Mapping
+
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from nugget2d.errors import (
@@ -15,6 +18,7 @@ from nugget2d.errors import (
     TimeLimitError,
     UnknownMemoryError,
 )
+from nugget2d.server.shortening import shortened
 
 
 class ErrorDetail(BaseModel):
@@ -32,21 +36,38 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-class APIError(Exception):
-    """An error with its HTTP status, ready to be sent."""
+class APIError(HTTPException):
+    """An error with its HTTP status, ready to be sent.
 
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
-        """`message` is for the client's eyes."""
-        super().__init__(message)
-        self.status = status
-        # a lone surrogate in what a client sent could not be sent back
-        message = message.encode(errors="backslashreplace").decode()
-        self.body = ErrorBody(error=ErrorDetail(message=message, type=_type(status), param=param, code=code))
+    (An `HTTPException`, as FastAPI passes on no other that is raised while a body is read.)
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """`message` is for the client's eyes; of what a client sent, it and `param` repeat a part at most."""
+        super().__init__(status, _told(message), headers or _HEADERS.get(status))
+        param = None if param is None else _told(param)
+        detail = ErrorDetail(message=self.detail, type=_type(status), param=param, code=code)
+        self.status, self.body = status, ErrorBody(error=detail)
 
     def response(self) -> JSONResponse:
         """The response."""
-        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "10"}}
-        return JSONResponse(self.body.model_dump(), self.status, headers.get(self.status))
+        return JSONResponse(self.body.model_dump(), self.status, self.headers)
+
+    def event(self) -> str:
+        """The last event of a stream that fails."""
+        return server_sent(self.body)
+
+
+def server_sent(body: BaseModel) -> str:
+    """An event of a stream; in ASCII, as some clients take U+2028 or U+0085 for the end of a line."""
+    return f"data: {body.model_dump_json(ensure_ascii=True)}\n\n"
 
 
 def api_error(error: Exception) -> APIError:
@@ -72,6 +93,14 @@ def api_error(error: Exception) -> APIError:
 def documented(*statuses: int) -> dict[int | str, dict[str, object]]:
     """For the OpenAPI document: these statuses have the body of an error."""
     return {status: {"model": ErrorBody} for status in statuses}
+
+
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "10"}}
+
+
+def _told(text: str) -> str:
+    """Short, and without lone surrogates, which could not be sent back."""
+    return shortened(text).encode(errors="backslashreplace").decode()
 
 
 def _type(status: int) -> str:

@@ -7,7 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp
+from starlette.routing import Match
 
 from nugget2d import __version__
 from nugget2d.errors import NuggetError
@@ -21,10 +21,10 @@ from nugget2d.server.service import Service
 from nugget2d.server.settings import Keys
 
 
-def make_app(service: Service, keys: Keys) -> ASGIApp:
+def make_app(service: Service, keys: Keys) -> Middleware:
     """Everything that is served, inside its middleware."""
     # no pages about the API: they would load scripts from elsewhere
-    app = FastAPI(title="nugget2d", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="nugget2d", version=__version__, docs_url=None, redoc_url=None, responses=documented(403))
     # the middleware checks the key: this is for the document
     documents_key = [Security(HTTPBearer(auto_error=False))] if keys.asked else []
     for routes in (_models(service), completions(service), memories(service)):
@@ -90,4 +90,17 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 async def _by_status(request: Request, error: Exception) -> JSONResponse:
     """What is no route, or no method of one."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    return APIError(status, f"{request.method} {request.url.path}: {error}").response()
+    headers = {"Allow": ", ".join(_methods(request))} if status == 405 else None
+    return APIError(status, f"{request.method} {request.url.path}: {error}", headers=headers).response()
+
+
+def _methods(request: Request) -> list[str]:
+    """All that the routes of this path take (FastAPI's own answer knows those of one route only)."""
+    scope = {key: request.scope[key] for key in ("type", "path", "root_path")}
+    routes = request.app.routes
+
+    def taken(method: str) -> bool:
+        return any(route.matches(scope | {"method": method})[0] is Match.FULL for route in routes)
+
+    methods = [method for method in ("GET", "POST", "DELETE") if taken(method)]
+    return ["HEAD", *methods] if "GET" in methods else methods  # the middleware makes a GET of it

@@ -6,9 +6,17 @@ from starlette.responses import Response
 from nugget2d.inference.prompting import Message
 from nugget2d.inference.sampling import Sampler
 from nugget2d.server.api_errors import APIError, documented
+from nugget2d.server.bodies import JSONRoute
 from nugget2d.server.context import RequestContext
 from nugget2d.server.replies import ChatReply, CompletionReply, Reply, respond
-from nugget2d.server.schemas import ChatCompletion, ChatRequest, Completion, CompletionRequest, Generating
+from nugget2d.server.schemas import (
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    Generating,
+    message_text,
+)
 from nugget2d.server.service import Question, Service
 
 DEFAULT_TOKENS = 256
@@ -17,19 +25,19 @@ ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 503, 504)
 
 def completions(service: Service) -> APIRouter:
     """The routes that write."""
-    api = APIRouter()
+    api = APIRouter(route_class=JSONRoute)
     name = service.settings.name
 
     @api.post("/v1/completions", response_model=Completion, responses=ERRORS)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Continue a prompt, after memories if there are any."""
-        return await answer(body, request, body.prompt, body.max_tokens, CompletionReply(name))
+        return await answer(body, request, body.text, body.max_tokens, CompletionReply(name))
 
     @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, after memories if there are any; what is too long of it is compressed."""
         roles = {"developer": "system"}  # its new name there; templates know the old one
-        messages = [Message(roles.get(message.role, message.role), message.text) for message in body.messages]
+        messages = [Message(roles.get(message.role, message.role), message_text(message)) for message in body.messages]
         return await answer(body, request, messages, body.max_completion_tokens or body.max_tokens, ChatReply(name))
 
     async def answer(

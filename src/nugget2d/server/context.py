@@ -10,7 +10,10 @@ from datetime import datetime, timezone
 
 from starlette.requests import Request
 
+from nugget2d.server.shortening import shortened
+
 CLIENT_LEFT = 499  # as proxies log it; it is never sent
+_LOGGED = 8000  # characters of a value: a traceback has some thousand
 
 
 @dataclass
@@ -46,6 +49,7 @@ class RequestContext:
 
 
 def log(event: str, **metrics: object) -> None:
-    """One JSON line on standard error."""
+    """One JSON line of bounded length on standard error."""
     now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    print(json.dumps({"time": now, "event": event, **metrics}), file=sys.stderr, flush=True)
+    line = {name: shortened(value, _LOGGED) if isinstance(value, str) else value for name, value in metrics.items()}
+    print(json.dumps({"time": now, "event": event, **line}), file=sys.stderr, flush=True)

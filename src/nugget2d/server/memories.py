@@ -9,6 +9,7 @@ from pydantic import Json
 from nugget2d.files import decode_text
 from nugget2d.memory.states import StoreDtype
 from nugget2d.server.api_errors import APIError, documented
+from nugget2d.server.bodies import JSONRoute
 from nugget2d.server.context import RequestContext
 from nugget2d.server.schemas import DeletedMemory, MemoryList, MemoryRequest, StoredMemory, Tag
 from nugget2d.server.service import Service
@@ -23,7 +24,7 @@ FOUND = documented(401, 404, 422, 500)
 
 def memories(service: Service) -> APIRouter:
     """The routes that keep memories."""
-    api = APIRouter(prefix="/v1/memories")
+    api = APIRouter(prefix="/v1/memories", route_class=JSONRoute)
     store = service.store
 
     @api.post("", status_code=201, responses=REFUSED)
@@ -31,7 +32,7 @@ def memories(service: Service) -> APIRouter:
         """Compress a text and keep the memory; the earlier one, if this text was compressed so before."""
         return shown(await service.remember(RequestContext.of(request), body))
 
-    @api.post("/file", status_code=201, responses=REFUSED)
+    @api.post("/file", status_code=201, responses=REFUSED, form_limits={"max_files": 1, "max_fields": 64})
     async def upload(
         request: Request,
         file: Annotated[UploadFile, File(description="A UTF-8 text.")],

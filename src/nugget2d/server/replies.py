@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from nugget2d.server.api_errors import api_error
+from nugget2d.server.api_errors import api_error, server_sent
 from nugget2d.server.context import RequestContext
 from nugget2d.server.events import ContextSize, Event, Finished, Text
 from nugget2d.server.metrics import Metrics
@@ -42,6 +42,10 @@ class Reply(ABC):
     @abstractmethod
     def whole(self, text: str, reason: Reason, usage: Usage) -> BaseModel:
         """All of it."""
+
+    def first(self) -> BaseModel | None:
+        """What a stream begins with, before there is any text; None: nothing."""
+        return None
 
     @abstractmethod
     def chunk(self, text: str, reason: Reason | None) -> BaseModel:
@@ -80,10 +84,13 @@ class ChatReply(Reply):
         choice = ChatChoice(message=Answer(content=text), finish_reason=reason)
         return ChatCompletion(**self.common, choices=[choice], usage=usage)
 
+    def first(self) -> ChatChunk:
+        """Whose turn it is: clients put the deltas together, so it is said once."""
+        return ChatChunk(**self.common, choices=[DeltaChoice(delta=Delta(role="assistant", content=""))])
+
     def chunk(self, text: str, reason: Reason | None) -> ChatChunk:
         """See `Reply`."""
-        delta = Delta(role="assistant", content=text)
-        return ChatChunk(**self.common, choices=[DeltaChoice(delta=delta, finish_reason=reason)])
+        return ChatChunk(**self.common, choices=[DeltaChoice(delta=Delta(content=text), finish_reason=reason)])
 
     def end(self, usage: Usage) -> ChatChunk:
         """See `Reply`."""
@@ -158,22 +165,20 @@ async def respond(
 async def _sent(events: AsyncIterator[Event], reply: Reply, account: Account, usage: bool) -> AsyncIterator[str]:
     """An answer as server-sent events."""
     try:
+        if (first := reply.first()) is not None:
+            yield server_sent(first)
         async for event in events:
             if isinstance(event, Text):
                 account.first_text()
-                yield _data(reply.chunk(event.text, None))
+                yield server_sent(reply.chunk(event.text, None))
             elif isinstance(event, Finished):
                 total = account.finish(event)
-                yield _data(reply.chunk("", event.reason))
+                yield server_sent(reply.chunk("", event.reason))
                 if usage:
-                    yield _data(reply.end(total))
+                    yield server_sent(reply.end(total))
         yield "data: [DONE]\n\n"
     except Exception as error:  # the status is sent already: an event must say it
         answer = api_error(error)
-        yield _data(answer.body)
+        yield answer.event()
         if answer.status >= 500:
             raise
-
-
-def _data(body: BaseModel) -> str:
-    return f"data: {body.model_dump_json()}\n\n"

@@ -1,5 +1,6 @@
 """Runs the server as a process: socket, signals, shutdown."""
 
+import asyncio
 import logging
 import signal
 import socket
@@ -13,9 +14,27 @@ from nugget2d.model import Nugget2D
 from nugget2d.server.app import make_app
 from nugget2d.server.context import log
 from nugget2d.server.metrics import Metrics
+from nugget2d.server.middleware import Middleware
 from nugget2d.server.service import Service
 from nugget2d.server.settings import Keys, Settings
 from nugget2d.store import MemoryStore
+
+# Seconds after the grace in which requests are told that the server ends; then their connections are cut.
+FAREWELL = 5
+
+
+class _Server(uvicorn.Server):
+    """Tells requests when the grace is over; uvicorn would only cut their connections."""
+
+    def __init__(self, config: uvicorn.Config, app: Middleware, grace: float) -> None:
+        """Run `app`."""
+        super().__init__(config)
+        self._app, self._grace = app, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        asyncio.get_running_loop().call_later(self._grace, self._app.end)
+        await super().shutdown(sockets)
 
 
 def serve(model: Nugget2D, store: MemoryStore, settings: Settings, keys: Keys, listener: socket.socket) -> None:
@@ -30,23 +49,23 @@ def serve(model: Nugget2D, store: MemoryStore, settings: Settings, keys: Keys, l
     """
     metrics = Metrics()
     service = Service(model, store, settings, metrics)
+    app = make_app(service, keys)
     config = uvicorn.Config(
-        make_app(service, keys),
+        app,
         log_config=None,  # context.py logs
         access_log=False,
         server_header=False,
         lifespan="off",
-        timeout_graceful_shutdown=round(settings.grace),
+        timeout_graceful_shutdown=round(settings.grace) + FAREWELL,
     )
     warnings.simplefilter("ignore", ContextWarning)  # the client is told, in its usage
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises a signal once more when it is through with it: by then it means nothing
         signal.signal(number, lambda *_: None)
     logging.getLogger("uvicorn").addHandler(logging.NullHandler())
-    host, port = listener.getsockname()[:2]
-    log("listening", url=f"http://{host}:{port}", model=settings.name)
+    log("listening", url=f"http://{_address(*listener.getsockname()[:2])}", model=settings.name)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config, app, settings.grace).run(sockets=[listener])
     finally:
         service.close()
     log("stopped")
@@ -66,8 +85,15 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen()
     except (OSError, OverflowError) as error:
         listener.close()
-        raise InputError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from error
+        raise InputError(
+            f"cannot listen on {_address(host, port)}: {error}; choose another --host or --port"
+        ) from error
     return listener
+
+
+def _address(host: str, port: int) -> str:
+    """As in a URL, where an address of version 6 stands in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def served_name(model: str) -> str:

@@ -3,30 +3,61 @@
 Fields that would change the answer and are not supported are refused, unless they have their neutral value.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
 
 from nugget2d.config import Frozen
 from nugget2d.memory.states import StoreDtype
 
+T = TypeVar("T")
+
 
 def _utf8(text: str) -> str:
-    """JSON can hold what no file, database or response can: half of a surrogate pair."""
+    """A form can hold what no file, database or response can: half of a surrogate pair."""
     text.encode()  # UnicodeEncodeError is a ValueError
     return text
+
+
+def _neutral(value: object, accept: ValidatorFunctionWrapHandler) -> object:
+    try:
+        return accept(value)
+    except ValidationError as error:
+        raise PydanticCustomError("unsupported", "not supported here with this value; leave it out") from error
+
+
+def _one(prompt: object) -> object:
+    """What OpenAI's batch of prompts would be is refused in plain words."""
+    if isinstance(prompt, list) and not (len(prompt) == 1 and isinstance(prompt[0], str)):
+        raise PydanticCustomError("one_prompt", "one text in a request; send a string, or a list of one string")
+    return prompt
 
 
 Word = Annotated[str, AfterValidator(_utf8)]
 StopString = Annotated[str, Field(min_length=1, max_length=200)]
 Tag = Annotated[Word, Field(max_length=100)]
-Zero = Literal[0] | None
+# a list that stops at the first wrong item: errors for all of them would take longer than anything else
+Few = Annotated[list[T], Field(fail_fast=True)]
+Neutral = Annotated[T | None, WrapValidator(_neutral)]
+NoList = Neutral[Annotated[list[Any], Field(max_length=0)]]
+NoDict = Neutral[Annotated[dict[str, Any], Field(max_length=0)]]
 
 
 class StreamOptions(Frozen):
     """What a stream brings besides text."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: Neutral[Literal[False]] = None
 
 
 class Generating(Frozen):
@@ -48,18 +79,19 @@ class Generating(Frozen):
     model_config = ConfigDict(allow_inf_nan=False)
 
     model: Word
-    memory_ids: list[Word] = Field(default=[], max_length=64)
+    memory_ids: Few[Word] = Field(default=[], max_length=64)
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    n: Literal[1] | None = None
-    presence_penalty: Zero = None
-    frequency_penalty: Zero = None
+    n: Neutral[Literal[1]] = None
+    presence_penalty: Neutral[Literal[0]] = None
+    frequency_penalty: Neutral[Literal[0]] = None
+    logit_bias: NoDict = None
 
     @property
     def stops(self) -> list[str]:
@@ -70,11 +102,18 @@ class Generating(Frozen):
 class CompletionRequest(Generating):
     """`POST /v1/completions`: continue `prompt`, which may be empty where there are memories."""
 
-    prompt: str = ""
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
-    logprobs: None = None
-    suffix: None = None
+    prompt: Annotated[str | Annotated[list[str], Field(min_length=1, max_length=1)] | None, BeforeValidator(_one)] = (
+        None
+    )
+    best_of: Neutral[Literal[1]] = None
+    echo: Neutral[Literal[False]] = None
+    logprobs: Neutral[None] = None
+    suffix: Neutral[Literal[""]] = None
+
+    @property
+    def text(self) -> str:
+        """The prompt."""
+        return self.prompt[0] if isinstance(self.prompt, list) else self.prompt or ""
 
 
 class ContentPart(Frozen):
@@ -82,27 +121,77 @@ class ContentPart(Frozen):
 
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
 class ChatMessage(Frozen):
-    """One turn."""
+    """One turn; `name` is ignored."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    role: Literal["system", "developer", "user"]
+    content: str | Few[ContentPart]
     name: str | None = None
 
-    @property
-    def text(self) -> str:
-        """All of its text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+class AssistantMessage(Frozen):
+    """A turn of the model's own, with the fields that an earlier answer had; without content it is empty."""
+
+    role: Literal["assistant"]
+    content: str | Few[ContentPart] | None = None
+    name: str | None = None
+    refusal: Neutral[Literal[""]] = None
+    annotations: NoList = None
+    audio: Neutral[None] = None
+    function_call: Neutral[None] = None
+    tool_calls: NoList = None
+
+
+def message_text(message: ChatMessage | AssistantMessage) -> str:
+    """All text of a message."""
+    content = message.content or ""
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+class TextFormat(Frozen):
+    """The answer as it comes."""
+
+    type: Literal["text"]
 
 
 class ChatRequest(Generating):
-    """`POST /v1/chat/completions`: answer a conversation."""
+    """`POST /v1/chat/completions`: answer a conversation.
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
+    Attributes:
+        messages: its turns.
+        max_completion_tokens: the new name of `max_tokens`.
+        metadata: ignored, as `safety_identifier` and all that begins with `prompt_cache`: they change no answer.
+    """
+
+    messages: Few[Annotated[ChatMessage | AssistantMessage, Field(discriminator="role")]] = Field(
+        min_length=1, max_length=4096
+    )
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    logprobs: Literal[False] | None = None
+    metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+    audio: Neutral[None] = None
+    function_call: Neutral[Literal["none", "auto"]] = None
+    functions: NoList = None
+    logprobs: Neutral[Literal[False]] = None
+    modalities: Neutral[Annotated[list[Literal["text"]], Field(max_length=1)]] = None
+    moderation: Neutral[None] = None
+    parallel_tool_calls: bool | None = None
+    prediction: Neutral[None] = None
+    reasoning_effort: Neutral[Literal["none"]] = None
+    response_format: Neutral[TextFormat] = None
+    service_tier: Neutral[Literal["auto", "default"]] = None
+    store: Neutral[Literal[False]] = None
+    tool_choice: Neutral[Literal["none", "auto"]] = None
+    tools: NoList = None
+    top_logprobs: Neutral[Literal[0]] = None
+    verbosity: Neutral[Literal["medium"]] = None
+    web_search_options: Neutral[None] = None
 
 
 class MemoryRequest(Frozen):
@@ -124,7 +213,7 @@ class MemoryRequest(Frozen):
 
     text: str = Field(min_length=1)
     name: Word = Field(default="", max_length=200)
-    tags: list[Tag] = Field(default=[], max_length=32)
+    tags: Few[Tag] = Field(default=[], max_length=32)
     method: Word | None = Field(default=None, max_length=100)
     ratio: float | None = Field(default=None, ge=1, le=1e6)
     nuggets: int | None = Field(default=None, ge=1)
@@ -253,10 +342,10 @@ class ChatCompletion(BaseModel):
 
 
 class Delta(BaseModel):
-    """More of the assistant's turn."""
+    """More of the assistant's turn; `role` in the first one only."""
 
-    role: Literal["assistant"] | None = None
-    content: str | None = None
+    role: Literal["assistant"] | None = Field(default=None, exclude_if=lambda role: role is None)
+    content: str
 
 
 class DeltaChoice(BaseModel):

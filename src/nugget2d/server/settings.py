@@ -3,10 +3,13 @@
 import hashlib
 import hmac
 from collections.abc import Sequence
+from ipaddress import ip_address
 
 from pydantic import Field
 
 from nugget2d.config import Frozen
+
+NAME = r"\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+"  # of a host, in lower case: a pattern
 
 
 class Settings(Frozen):
@@ -22,6 +25,8 @@ class Settings(Frozen):
         seconds: a request may take; it fails after that (504).
         max_bytes: of a request (413).
         grace: seconds that running requests get at shutdown.
+        host: the address it listens on.
+        allow_hosts: names besides loopback's by which it may be asked, and whose pages may ask it.
     """
 
     name: str
@@ -33,6 +38,13 @@ class Settings(Frozen):
     seconds: float = Field(default=120, gt=0)
     max_bytes: int = Field(default=16 << 20, ge=1024)
     grace: float = Field(default=30, ge=0)
+    host: str = "127.0.0.1"
+    allow_hosts: tuple[str, ...] = ()
+
+    @property
+    def local(self) -> bool:
+        """Whether it listens on loopback."""
+        return is_loopback(self.host)
 
 
 class Keys:
@@ -40,7 +52,8 @@ class Keys:
 
     def __init__(self, keys: Sequence[str]) -> None:
         """Without keys everyone may ask, and all are one owner."""
-        self._owners = [_digest(key) for key in keys]
+        # an environment variable may hold other bytes than UTF-8
+        self._owners = [_digest(key.encode(errors="surrogateescape")) for key in keys]
 
     @property
     def asked(self) -> bool:
@@ -48,17 +61,25 @@ class Keys:
         return bool(self._owners)
 
     def owner(self, authorization: str) -> str | None:
-        """The owner that an Authorization header identifies; None if the key is unknown.
+        """The owner that an Authorization header (read as Latin-1) identifies; None if the key is unknown.
 
         All keys are compared, each in constant time, so that timing reveals nothing about them.
         """
         if not self._owners:
             return ""
         scheme, _, key = authorization.partition(" ")
-        given = _digest(key.strip())
+        given = _digest(key.strip(" \t").encode("latin-1"))  # the bytes that were sent
         found = [owner for owner in self._owners if hmac.compare_digest(owner, given)]
         return found[0] if found and scheme.lower() == "bearer" else None
 
 
-def _digest(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is of this machine alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _digest(key: bytes) -> str:
+    return hashlib.sha256(key).hexdigest()
