@@ -99,7 +99,7 @@ _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503:
 
 
 def _told(text: str) -> str:
-    """Short, and without lone surrogates, which could not be sent back."""
+    """Short, and without lone surrogates (the name of a file may have them), which cannot be sent."""
     return shortened(text).encode(errors="backslashreplace").decode()
 
 

@@ -1,4 +1,4 @@
-"""Bodies of JSON: bounded by what they hold, and parsed away from the event loop.
+"""Bodies of requests: bounded by what they hold, and JSON is parsed away from the event loop.
 
 Bytes alone are no bound: 16 MB of `{},{},...` are millions of objects, each to be made, checked and refused.
 """
@@ -8,17 +8,20 @@ from typing import Any
 
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
+from python_multipart.multipart import parse_options_header
+from starlette._utils import AwaitableOrContextManager
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData
 from starlette.requests import Request
 from starlette.responses import Response
 
 from nugget2d.server.api_errors import APIError
 
-MOST_VALUES = 1 << 15  # a chat of 4,096 messages with two parts each has 29,000
+MOST_VALUES = 1 << 15  # a chat of 4,096 messages of one part each has 24,600
 
 
-class JSONRequest(Request):
-    """A request whose JSON is read by `parse`."""
+class BoundedRequest(Request):
+    """A request whose JSON is read by `parse`, and whose form can only be one with a file."""
 
     async def json(self) -> Any:
         """Its body as objects."""
@@ -26,16 +29,27 @@ class JSONRequest(Request):
             self._json = await run_in_threadpool(parse, await self.body())
         return self._json
 
+    def form(self, **limits: Any) -> AwaitableOrContextManager[FormData]:
+        """Its body as fields.
 
-class JSONRoute(APIRoute):
-    """A route that gets a `JSONRequest`."""
+        Raises:
+            APIError: it is of another kind, or in a charset that may take minutes to decode (Punycode does).
+        """
+        kind, parameters = parse_options_header(self.headers.get("content-type"))
+        if kind != b"multipart/form-data" or parameters.get(b"charset", b"utf-8").lower() != b"utf-8":
+            raise APIError(415, "a form must be multipart/form-data in UTF-8, as curl -F sends it")
+        return super().form(**limits)
+
+
+class BoundedRoute(APIRoute):
+    """A route that gets a `BoundedRequest`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """What answers a request."""
         handle = super().get_route_handler()
 
         async def answer(request: Request) -> Response:
-            return await handle(JSONRequest(request.scope, request.receive))
+            return await handle(BoundedRequest(request.scope, request.receive))
 
         return answer
 

@@ -6,7 +6,7 @@ from starlette.responses import Response
 from nugget2d.inference.prompting import Message
 from nugget2d.inference.sampling import Sampler
 from nugget2d.server.api_errors import APIError, documented
-from nugget2d.server.bodies import JSONRoute
+from nugget2d.server.bodies import BoundedRoute
 from nugget2d.server.context import RequestContext
 from nugget2d.server.replies import ChatReply, CompletionReply, Reply, respond
 from nugget2d.server.schemas import (
@@ -25,7 +25,7 @@ ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 503, 504)
 
 def completions(service: Service) -> APIRouter:
     """The routes that write."""
-    api = APIRouter(route_class=JSONRoute)
+    api = APIRouter(route_class=BoundedRoute)
     name = service.settings.name
 
     @api.post("/v1/completions", response_model=Completion, responses=ERRORS)

@@ -1,7 +1,7 @@
 """The routes `/v1/memories`: the stored memories of an owner."""
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 from pydantic import Json
@@ -9,13 +9,22 @@ from pydantic import Json
 from nugget2d.files import decode_text
 from nugget2d.memory.states import StoreDtype
 from nugget2d.server.api_errors import APIError, documented
-from nugget2d.server.bodies import JSONRoute
+from nugget2d.server.bodies import BoundedRoute
 from nugget2d.server.context import RequestContext
-from nugget2d.server.schemas import DeletedMemory, MemoryList, MemoryRequest, StoredMemory, Tag
+from nugget2d.server.schemas import (
+    DeletedMemory,
+    MemoryList,
+    MemoryRequest,
+    MethodName,
+    Name,
+    Options,
+    StoredMemory,
+    Tag,
+)
 from nugget2d.server.service import Service
 from nugget2d.store import Record
 
-REFUSED = documented(400, 401, 408, 413, 422, 429, 500, 503, 504)
+REFUSED = documented(400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
 LISTED = documented(401, 422, 500)
 # of the upload form; FastAPI would drop others in silence
 FIELDS = {"file", "name", "tags", "method", "ratio", "nuggets", "nbytes", "dtype", "options"}
@@ -24,7 +33,7 @@ FOUND = documented(401, 404, 422, 500)
 
 def memories(service: Service) -> APIRouter:
     """The routes that keep memories."""
-    api = APIRouter(prefix="/v1/memories", route_class=JSONRoute)
+    api = APIRouter(prefix="/v1/memories", route_class=BoundedRoute)
     store = service.store
 
     @api.post("", status_code=201, responses=REFUSED)
@@ -32,18 +41,21 @@ def memories(service: Service) -> APIRouter:
         """Compress a text and keep the memory; the earlier one, if this text was compressed so before."""
         return shown(await service.remember(RequestContext.of(request), body))
 
-    @api.post("/file", status_code=201, responses=REFUSED, form_limits={"max_files": 1, "max_fields": 64})
+    # so many fields as there are tags and more, each as long as options may need
+    limits = {"max_files": 1, "max_fields": 64, "max_part_size": 1 << 16}
+
+    @api.post("/file", status_code=201, responses=REFUSED, form_limits=limits)
     async def upload(
         request: Request,
         file: Annotated[UploadFile, File(description="A UTF-8 text.")],
-        name: Annotated[str | None, Form(max_length=200, description="The file's own, if left out.")] = None,
+        name: Annotated[Name | None, Form(description="The file's own, if left out.")] = None,
         tags: Annotated[list[Tag], Form(max_length=32)] = [],  # noqa: B006 - read only
-        method: Annotated[str | None, Form(max_length=100)] = None,
+        method: Annotated[MethodName | None, Form()] = None,
         ratio: Annotated[float | None, Form(ge=1, le=1e6)] = None,
         nuggets: Annotated[int | None, Form(ge=1)] = None,
         nbytes: Annotated[int | None, Form(ge=1)] = None,
         dtype: Annotated[StoreDtype | None, Form()] = None,
-        options: Annotated[Json[dict[str, Any]] | None, Form(description="JSON, the method's own options.")] = None,
+        options: Annotated[Json[Options] | None, Form(description="JSON, the method's own options.")] = None,
     ) -> StoredMemory:
         """The same for a text file, as a form."""
         if unknown := sorted(set(await request.form()) - FIELDS):

@@ -1,6 +1,7 @@
 """Runs the server as a process: socket, signals, shutdown."""
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -63,6 +64,9 @@ def serve(model: Nugget2D, store: MemoryStore, settings: Settings, keys: Keys, l
         # uvicorn raises a signal once more when it is through with it: by then it means nothing
         signal.signal(number, lambda *_: None)
     logging.getLogger("uvicorn").addHandler(logging.NullHandler())
+    # modules and the model stay: a collection that visits all of them holds up every request for up to a second
+    gc.collect()
+    gc.freeze()
     log("listening", url=f"http://{_address(*listener.getsockname()[:2])}", model=settings.name)
     try:
         _Server(config, app, settings.grace).run(sockets=[listener])

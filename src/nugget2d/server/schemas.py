@@ -6,7 +6,6 @@ Fields that would change the answer and are not supported are refused, unless th
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,12 +22,6 @@ from nugget2d.memory.states import StoreDtype
 T = TypeVar("T")
 
 
-def _utf8(text: str) -> str:
-    """A form can hold what no file, database or response can: half of a surrogate pair."""
-    text.encode()  # UnicodeEncodeError is a ValueError
-    return text
-
-
 def _neutral(value: object, accept: ValidatorFunctionWrapHandler) -> object:
     try:
         return accept(value)
@@ -43,9 +36,11 @@ def _one(prompt: object) -> object:
     return prompt
 
 
-Word = Annotated[str, AfterValidator(_utf8)]
 StopString = Annotated[str, Field(min_length=1, max_length=200)]
-Tag = Annotated[Word, Field(max_length=100)]
+Tag = Annotated[str, Field(max_length=100)]
+Name = Annotated[str, Field(max_length=200)]
+MethodName = Annotated[str, Field(max_length=100)]
+Options = Annotated[dict[str, Any], Field(max_length=32)]
 # a list that stops at the first wrong item: errors for all of them would take longer than anything else
 Few = Annotated[list[T], Field(fail_fast=True)]
 Neutral = Annotated[T | None, WrapValidator(_neutral)]
@@ -78,8 +73,8 @@ class Generating(Frozen):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    model: Word
-    memory_ids: Few[Word] = Field(default=[], max_length=64)
+    model: str
+    memory_ids: Few[str] = Field(default=[], max_length=64)
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -212,14 +207,14 @@ class MemoryRequest(Frozen):
     model_config = ConfigDict(allow_inf_nan=False)
 
     text: str = Field(min_length=1)
-    name: Word = Field(default="", max_length=200)
+    name: Name = ""
     tags: Few[Tag] = Field(default=[], max_length=32)
-    method: Word | None = Field(default=None, max_length=100)
+    method: MethodName | None = None
     ratio: float | None = Field(default=None, ge=1, le=1e6)
     nuggets: int | None = Field(default=None, ge=1)
     nbytes: int | None = Field(default=None, ge=1)
     dtype: StoreDtype | None = None
-    options: dict[Word, Any] = Field(default={}, max_length=32)
+    options: Options = Field(default={})
 
 
 # ---- what they get ----
