@@ -9,12 +9,11 @@ from typing import Any
 
 import httpx
 import openai
-import uvicorn
 
 from nugget2d import Nugget2D
 from nugget2d.server.app import make_app
 from nugget2d.server.metrics import Metrics
-from nugget2d.server.run import listen
+from nugget2d.server.run import Server, listen
 from nugget2d.server.service import Service
 from nugget2d.server.settings import Keys, Settings
 from nugget2d.store import MemoryStore
@@ -23,8 +22,12 @@ from nugget2d.store import MemoryStore
 class Running:
     """A server that answers."""
 
-    def __init__(self, url: str, service: Service) -> None:
-        self.url, self.service = url, service
+    def __init__(self, url: str, service: Service, server: Server) -> None:
+        self.url, self.service, self._server = url, service, server
+
+    def end(self) -> None:
+        """As SIGTERM does."""
+        self._server.should_exit = True
 
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
@@ -39,14 +42,14 @@ def serving(model: Nugget2D, folder: Path, keys: tuple[str, ...] = (), **limits:
     with MemoryStore(folder) as store:
         service = Service(model, store, settings, Metrics())
         listener = listen("127.0.0.1", 0)
-        config = uvicorn.Config(make_app(service, Keys(keys)), log_config=None, lifespan="off")
-        server = uvicorn.Server(config)
+        server = Server(make_app(service, Keys(keys)), settings.grace)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+        running = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service, server)
         thread.start()
         try:
-            yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service)
+            yield running
         finally:
-            server.should_exit = True
+            running.end()
             thread.join()
             service.close()
             listener.close()

@@ -6,7 +6,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -15,9 +18,12 @@ from typer.testing import CliRunner
 
 import tiny
 from cli_fixtures import save_tiny_model
+from nugget2d import Nugget2D
 from nugget2d.cli.app import app
-from nugget2d.server import run
-from nugget2d.server.run import served_name
+from nugget2d.server import batch, run
+from nugget2d.server.run import address, served_name
+from nugget2d.server.settings import Settings
+from serving import serving
 
 pytestmark = pytest.mark.e2e
 
@@ -56,6 +62,46 @@ def test_a_server_finishes_what_was_begun_when_it_is_told_to_end(tmp_path: Path)
         process.communicate()
 
 
+def test_what_is_not_done_at_the_end_of_the_grace_is_told_so(
+    llama: Nugget2D, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole answer, a stream and a request that is still arriving: each gets an error in its own form."""
+    read, told = batch.read, dict[str, Any]()
+
+    def late(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        return read(*arguments)
+
+    monkeypatch.setattr(batch, "read", late)
+    asked = {"model": "tiny", "prompt": "The keeper", "max_tokens": 1000, "temperature": 0}
+    with serving(llama, tmp_path, grace=1) as server, server.http() as http:
+
+        def whole() -> None:
+            told["whole"] = http.post("/v1/completions", json=asked)
+
+        def stream() -> None:
+            with server.http() as own, own.stream("POST", "/v1/completions", json=asked | {"stream": True}) as response:
+                told["stream"] = [line for line in response.iter_lines() if line]
+
+        threads = [threading.Thread(target=ask) for ask in (whole, stream)]
+        for thread in threads:
+            thread.start()
+        with socket.create_connection((httpx.URL(server.url).host, httpx.URL(server.url).port)) as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{")
+            while server.service.engine.num_running < 2:
+                time.sleep(0.01)
+            start = time.monotonic()
+            server.end()
+            for thread in threads:
+                thread.join()
+            assert 0.9 < time.monotonic() - start < 5
+            assert slow.recv(1000).startswith(b"HTTP/1.1 503 ")
+    assert told["whole"].status_code == 503 and told["whole"].json()["error"]["code"] == "shutting_down"
+    *texts, last = [json.loads(line.removeprefix("data: ")) for line in told["stream"]]
+    assert texts and all(text["choices"] for text in texts)
+    assert last["error"]["code"] == "shutting_down"
+
+
 def refused(*arguments: str) -> str:
     """Why a server does not start."""
     result = CliRunner().invoke(app, ["serve", *arguments])
@@ -72,10 +118,31 @@ def test_what_cannot_be_served_ends_with_one_line(tmp_path: Path, monkeypatch: p
     assert "can be reached from other machines" in refused(*store, "--host", "0.0.0.0")
     assert "an API key is empty" in refused(*store, "--api-key", "a", "--api-key", " ")
     assert "model" in refused(*store, "--port", "0", "--model", str(tmp_path / "none"))
+    for blank in ("", "  "):
+        monkeypatch.setenv("NUGGET2D_API_KEYS", blank)
+        assert "NUGGET2D_API_KEYS is set, but has no key in it" in refused(*store)
+    monkeypatch.delenv("NUGGET2D_API_KEYS")
+    for name in ("https://chat.example.com", "chat.example.com:80", "", "*"):
+        assert "--allow-host takes a name" in refused(*store, "--allow-host", name)
     (tmp_path / "file").touch()
     assert "store" in refused("--store", str(tmp_path / "file"), "--port", "0")
     monkeypatch.setitem(sys.modules, "fastapi", None)
     assert "pip install 'nugget2d[server]'" in refused(*store)
+
+
+def test_hosts_are_those_of_the_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Settings] = []
+    monkeypatch.setattr(run, "serve", lambda model, store, settings, keys, listener: taken.append(settings))
+    start = ["serve", "--model", str(save_tiny_model(tmp_path / "tiny")), "--store", str(tmp_path / "store")]
+    hosts = ["--allow-host", "Chat.Example.com", "--allow-host", "[fd00::1]"]
+    assert CliRunner().invoke(app, [*start, "--port", "0", *hosts]).exit_code == 0
+    assert CliRunner().invoke(app, [*start, "--port", "0", "--host", "0.0.0.0", "--api-key", "a"]).exit_code == 0
+    assert [settings.local for settings in taken] == [True, False]
+    assert [settings.allow_hosts for settings in taken] == [("chat.example.com", "[fd00::1]"), ()]
+
+
+def test_an_address_can_be_pasted() -> None:
+    assert [address(host, 80) for host in ("127.0.0.1", "::1")] == ["127.0.0.1:80", "[::1]:80"]
 
 
 def test_the_old_name_of_max_num_seqs_is_still_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,12 +24,21 @@ from nugget2d.store import MemoryStore
 FAREWELL = 5
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Tells requests when the grace is over; uvicorn would only cut their connections."""
 
-    def __init__(self, config: uvicorn.Config, app: Middleware, grace: float) -> None:
+    def __init__(self, app: Middleware, grace: float) -> None:
         """Run `app`."""
-        super().__init__(config)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,  # context.py logs
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                timeout_graceful_shutdown=round(grace) + FAREWELL,
+            )
+        )
         self._app, self._grace = app, grace
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -50,15 +59,7 @@ def serve(model: Nugget2D, store: MemoryStore, settings: Settings, keys: Keys, l
     """
     metrics = Metrics()
     service = Service(model, store, settings, metrics)
-    app = make_app(service, keys)
-    config = uvicorn.Config(
-        app,
-        log_config=None,  # context.py logs
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        timeout_graceful_shutdown=round(settings.grace) + FAREWELL,
-    )
+    server = Server(make_app(service, keys), settings.grace)
     warnings.simplefilter("ignore", ContextWarning)  # the client is told, in its usage
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises a signal once more when it is through with it: by then it means nothing
@@ -67,9 +68,9 @@ def serve(model: Nugget2D, store: MemoryStore, settings: Settings, keys: Keys, l
     # modules and the model stay: a collection that visits all of them holds up every request for up to a second
     gc.collect()
     gc.freeze()
-    log("listening", url=f"http://{_address(*listener.getsockname()[:2])}", model=settings.name)
+    log("listening", url=f"http://{address(*listener.getsockname()[:2])}", model=settings.name)
     try:
-        _Server(config, app, settings.grace).run(sockets=[listener])
+        server.run(sockets=[listener])
     finally:
         service.close()
     log("stopped")
@@ -89,13 +90,11 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen()
     except (OSError, OverflowError) as error:
         listener.close()
-        raise InputError(
-            f"cannot listen on {_address(host, port)}: {error}; choose another --host or --port"
-        ) from error
+        raise InputError(f"cannot listen on {address(host, port)}: {error}; choose another --host or --port") from error
     return listener
 
 
-def _address(host: str, port: int) -> str:
+def address(host: str, port: int) -> str:
     """As in a URL, where an address of version 6 stands in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

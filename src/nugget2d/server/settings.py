@@ -9,7 +9,7 @@ from pydantic import Field
 
 from nugget2d.config import Frozen
 
-NAME = r"\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+"  # of a host, in lower case: a pattern
+NAME = r"\[[0-9a-f:.]+\]|[^\s:/?#@*\[\]]+"  # of a host, in lower case: a pattern
 
 
 class Settings(Frozen):
