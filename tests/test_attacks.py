@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -49,7 +50,7 @@ ATTACKS = {
     "a large exponent": (COMPLETE, JSON, lambda: b'{"model":"tiny","temperature":1e999999}', 422),
     "escapes": (COMPLETE, JSON, lambda: b'{"model":"%s"}' % (b"\\u0085" * ((MOST - 100) // 6)), 404),
     "quotes": (COMPLETE, JSON, lambda: b'{"model":"%s"}' % (b'\\"' * ((MOST - 100) // 2)), 404),
-    "no JSON": (COMPLETE, TEXT, lambda: b"{" * MOST, 422),
+    "no JSON": (COMPLETE, TEXT, lambda: b"{" * MOST, 415),
     "fields": (FILE, FORM, lambda: b"".join(part(b"%d" % n, b"") for n in range(200_000)) + b"--b--\r\n", 400),
     "files": (FILE, FORM, lambda: part(b"file", b"a", b'; filename="a"') * 200_000 + b"--b--\r\n", 400),
     "a long field": (FILE, FORM, lambda: part(b"name", b"a" * (MOST - 100)) + b"--b--\r\n", 400),
@@ -120,6 +121,19 @@ def test_an_attack_is_refused_while_others_are_answered(process: tuple[str, int]
     assert response.status_code == status and len(response.content) < 4000, response.text[:300]
     assert max(times) < 1
     assert memory(number)["VmHWM"] - before < 200
+
+
+@pytest.mark.e2e
+def test_long_addresses_and_headers(process: tuple[str, int]) -> None:
+    url, _ = process
+    start = time.perf_counter()
+    assert httpx.get(f"{url}/v1/memories?{'a=1&' * 15_000}", timeout=60).status_code == 200
+    assert httpx.get(f"{url}/v1/memories?tag={'a' * 60_000}", timeout=60).status_code == 200
+    assert httpx.get(f"{url}/v1/models/{'a' * 60_000}", timeout=60).status_code == 404
+    with suppress(httpx.ReadError):  # the connection is closed before all of it is read
+        assert httpx.get(f"{url}/health", headers={"X": "a" * 200_000}, timeout=60).status_code == 400
+    assert httpx.get(f"{url}/health").status_code == 200
+    assert time.perf_counter() - start < 5
 
 
 def test_values_are_counted_outside_of_strings() -> None:

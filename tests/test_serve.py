@@ -87,7 +87,8 @@ def test_what_is_not_done_at_the_end_of_the_grace_is_told_so(
         for thread in threads:
             thread.start()
         with socket.create_connection((httpx.URL(server.url).host, httpx.URL(server.url).port)) as slow:
-            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{")
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            slow.sendall(head + b"Content-Length: 10\r\n\r\n{")
             while server.service.engine.num_running < 2:
                 time.sleep(0.01)
             start = time.monotonic()

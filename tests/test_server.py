@@ -372,10 +372,12 @@ def test_requests_of_any_size_and_pace_are_bounded(llama: Nugget2D, tmp_path: Pa
         http = server.http()
         assert http.post("/v1/memories", json={"text": "a" * 3000}).status_code == 413
         chunks = (b"a" * 500 for _ in range(10))  # nobody has said how many
-        assert http.post("/v1/memories", content=chunks).status_code == 413
+        form = {"Content-Type": "application/json"}
+        assert http.post("/v1/memories", content=chunks, headers=form).status_code == 413
         address = (httpx.URL(server.url).host, httpx.URL(server.url).port)
         with socket.create_connection(address) as slow:
-            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{")
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            slow.sendall(head + b"Content-Length: 10\r\n\r\n{")
             assert b" 408 " in slow.recv(1000)
         response = http.post("/v1/completions", json=LONG | {"max_tokens": 1024, "prompt": "a" * 1900})
         assert response.status_code in (200, 504)

@@ -56,7 +56,8 @@ def serve(
     grace: Annotated[float, typer.Option("--grace", min=0, help="Seconds for running requests at shutdown.")] = 30,
 ) -> None:
     """Serve a model and its memories over HTTP, as the OpenAI API does (docs/SERVING.md)."""
-    from nugget2d.server.settings import NAME, is_loopback
+    with safe_to_interrupt():
+        from nugget2d.server.settings import NAME, is_loopback
 
     keys = api_key or []
     if not all(key.strip() for key in keys):

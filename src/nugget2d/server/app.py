@@ -89,9 +89,9 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _by_status(request: Request, error: Exception) -> JSONResponse:
     """What is no route, or no method of one."""
-    status = error.status_code if isinstance(error, HTTPException) else 500
+    status, reason = (error.status_code, error.detail) if isinstance(error, HTTPException) else (500, "")
     headers = {"Allow": ", ".join(_methods(request))} if status == 405 else None
-    return APIError(status, f"{request.method} {request.url.path}: {error}", headers=headers).response()
+    return APIError(status, f"{request.method} {request.url.path}: {reason}", headers=headers).response()
 
 
 def _methods(request: Request) -> list[str]:

@@ -9,9 +9,7 @@ from typing import Any
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from python_multipart.multipart import parse_options_header
-from starlette._utils import AwaitableOrContextManager
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import FormData
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -20,8 +18,8 @@ from nugget2d.server.api_errors import APIError
 MOST_VALUES = 1 << 15  # a chat of 4,096 messages of one part each has 24,600
 
 
-class BoundedRequest(Request):
-    """A request whose JSON is read by `parse`, and whose form can only be one with a file."""
+class _BoundedRequest(Request):
+    """A request whose JSON is read by `parse`."""
 
     async def json(self) -> Any:
         """Its body as objects."""
@@ -29,29 +27,28 @@ class BoundedRequest(Request):
             self._json = await run_in_threadpool(parse, await self.body())
         return self._json
 
-    def form(self, **limits: Any) -> AwaitableOrContextManager[FormData]:
-        """Its body as fields.
-
-        Raises:
-            APIError: it is of another kind, or in a charset that may take minutes to decode (Punycode does).
-        """
-        kind, parameters = parse_options_header(self.headers.get("content-type"))
-        if kind != b"multipart/form-data" or parameters.get(b"charset", b"utf-8").lower() != b"utf-8":
-            raise APIError(415, "a form must be multipart/form-data in UTF-8, as curl -F sends it")
-        return super().form(**limits)
-
 
 class BoundedRoute(APIRoute):
-    """A route that gets a `BoundedRequest`."""
+    """A route whose bodies are bounded."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """What answers a request."""
         handle = super().get_route_handler()
 
         async def answer(request: Request) -> Response:
-            return await handle(BoundedRequest(request.scope, request.receive))
+            if self.body_field is not None:
+                _require_kind(request.headers.get("content-type"))
+            return await handle(_BoundedRequest(request.scope, request.receive))
 
         return answer
+
+
+def _require_kind(content_type: str | None) -> None:
+    """Forms of other kinds have no file, and other charsets may take minutes to decode (Punycode does)."""
+    kind, parameters = parse_options_header(content_type)
+    known = kind in (b"application/json", b"multipart/form-data") or kind.endswith(b"+json")
+    if not known or parameters.get(b"charset", b"utf-8").lower() != b"utf-8":
+        raise APIError(415, "send application/json, or a file as multipart/form-data (curl -F); both in UTF-8")
 
 
 def parse(body: bytes) -> Any:

@@ -20,7 +20,7 @@ from nugget2d.server.schemas import (
 from nugget2d.server.service import Question, Service
 
 DEFAULT_TOKENS = 256
-ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 503, 504)
+ERRORS = documented(400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 
 
 def completions(service: Service) -> APIRouter:
@@ -54,7 +54,7 @@ def completions(service: Service) -> APIRouter:
         )
         question = Question(prompt, body.memory_ids, most or min(DEFAULT_TOKENS, limit), sampler, body.stops)
         context = RequestContext.of(request)
-        usage = body.stream_options is not None and body.stream_options.include_usage
+        usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         events = service.ask(context, question)
         return await respond(events, reply, context, service.metrics, stream=bool(body.stream), usage=usage)
 

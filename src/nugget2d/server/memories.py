@@ -41,10 +41,13 @@ def memories(service: Service) -> APIRouter:
         """Compress a text and keep the memory; the earlier one, if this text was compressed so before."""
         return shown(await service.remember(RequestContext.of(request), body))
 
-    # so many fields as there are tags and more, each as long as options may need
-    limits = {"max_files": 1, "max_fields": 64, "max_part_size": 1 << 16}
-
-    @api.post("/file", status_code=201, responses=REFUSED, form_limits=limits)
+    @api.post(
+        "/file",
+        status_code=201,
+        responses=REFUSED,
+        # 32 tags and some fields more, each as long as options may need
+        form_limits={"max_files": 1, "max_fields": 64, "max_part_size": 1 << 16},
+    )
     async def upload(
         request: Request,
         file: Annotated[UploadFile, File(description="A UTF-8 text.")],

@@ -14,7 +14,7 @@ from nugget2d.errors import ShutdownError
 from nugget2d.server.api_errors import APIError, api_error
 from nugget2d.server.browsers import refuse_strangers
 from nugget2d.server.context import RequestContext, log
-from nugget2d.server.exchange import Incoming, Outgoing
+from nugget2d.server.messages import Incoming, Outgoing
 from nugget2d.server.metrics import Metrics
 from nugget2d.server.settings import Keys, Settings
 
@@ -42,7 +42,7 @@ class Middleware:
         owner = self._keys.owner(headers.get("authorization", ""))
         context = RequestContext(owner or "")
         # the server sends no body where it was asked by HEAD; its own scope keeps that method
-        scope = scope | {"nugget2d.context": context, "method": "GET" if method == "HEAD" else method}
+        scope = {**scope, "nugget2d.context": context, "method": "GET" if method == "HEAD" else method}
         outgoing = Outgoing(send, context)
         try:
             refuse_strangers(headers, self._settings)
