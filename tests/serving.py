@@ -11,7 +11,6 @@ import httpx
 import openai
 
 from nugget2d import Nugget2D
-from nugget2d.server.app import make_app
 from nugget2d.server.metrics import Metrics
 from nugget2d.server.run import Server, listen
 from nugget2d.server.service import Service
@@ -42,7 +41,7 @@ def serving(model: Nugget2D, folder: Path, keys: tuple[str, ...] = (), **limits:
     with MemoryStore(folder) as store:
         service = Service(model, store, settings, Metrics())
         listener = listen("127.0.0.1", 0)
-        server = Server(make_app(service, Keys(keys)), settings.grace)
+        server = Server(service, Keys(keys))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         running = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service, server)
         thread.start()

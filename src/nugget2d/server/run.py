@@ -15,36 +15,12 @@ from nugget2d.model import Nugget2D
 from nugget2d.server.app import make_app
 from nugget2d.server.context import log
 from nugget2d.server.metrics import Metrics
-from nugget2d.server.middleware import Middleware
 from nugget2d.server.service import Service
 from nugget2d.server.settings import Keys, Settings
 from nugget2d.store import MemoryStore
 
 # Seconds after the grace in which requests are told that the server ends; then their connections are cut.
 FAREWELL = 5
-
-
-class Server(uvicorn.Server):
-    """Tells requests when the grace is over; uvicorn would only cut their connections."""
-
-    def __init__(self, app: Middleware, grace: float) -> None:
-        """Run `app`."""
-        super().__init__(
-            uvicorn.Config(
-                app,
-                log_config=None,  # context.py logs
-                access_log=False,
-                server_header=False,
-                lifespan="off",
-                timeout_graceful_shutdown=round(grace) + FAREWELL,
-            )
-        )
-        self._app, self._grace = app, grace
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """See uvicorn."""
-        asyncio.get_running_loop().call_later(self._grace, self._app.end)
-        await super().shutdown(sockets)
 
 
 def serve(model: Nugget2D, store: MemoryStore, settings: Settings, keys: Keys, listener: socket.socket) -> None:
@@ -57,9 +33,7 @@ def serve(model: Nugget2D, store: MemoryStore, settings: Settings, keys: Keys, l
         keys: who may ask.
         listener: from `listen`.
     """
-    metrics = Metrics()
-    service = Service(model, store, settings, metrics)
-    server = Server(make_app(service, keys), settings.grace)
+    service = Service(model, store, settings, Metrics())
     warnings.simplefilter("ignore", ContextWarning)  # the client is told, in its usage
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises a signal once more when it is through with it: by then it means nothing
@@ -70,10 +44,32 @@ def serve(model: Nugget2D, store: MemoryStore, settings: Settings, keys: Keys, l
     gc.freeze()
     log("listening", url=f"http://{address(*listener.getsockname()[:2])}", model=settings.name)
     try:
-        server.run(sockets=[listener])
+        Server(service, keys).run(sockets=[listener])
     finally:
         service.close()
     log("stopped")
+
+
+class Server(uvicorn.Server):
+    """uvicorn, serving a service; it tells requests when the grace is over, where uvicorn would only cut them off."""
+
+    def __init__(self, service: Service, keys: Keys) -> None:
+        """See `serve`."""
+        self._app, self._grace = make_app(service, keys), service.settings.grace
+        config = uvicorn.Config(
+            self._app,
+            log_config=None,  # context.py logs
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_graceful_shutdown=round(self._grace) + FAREWELL,
+        )
+        super().__init__(config)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End, when requests have ended."""
+        asyncio.get_running_loop().call_later(self._grace, self._app.end)
+        await super().shutdown(sockets)
 
 
 def listen(host: str, port: int) -> socket.socket:
