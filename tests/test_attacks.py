@@ -142,6 +142,7 @@ def test_values_are_counted_outside_of_strings() -> None:
         "text": text,
         "more": [1, {"a": '\\"'}, [[]]],
     }
+    assert parse(b"\xef\xbb\xbf[1]") == [1]  # as editors of Windows save it
     most = [0] * MOST_VALUES
     assert parse(json.dumps(most).encode()) == most
     pairs = {str(number): "\\" for number in range(MOST_VALUES + 1)}

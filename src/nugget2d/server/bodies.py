@@ -3,6 +3,7 @@
 Bytes alone are no bound: 16 MB of `{},{},...` are millions of objects, each to be made, checked and refused.
 """
 
+from codecs import BOM_UTF8
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -62,7 +63,7 @@ def parse(body: bytes) -> Any:
             413, f"the body holds more than {MOST_VALUES:,} values; send fewer in a request", "too_many_values"
         )
     try:
-        return from_json(body, allow_inf_nan=False)
+        return from_json(body.removeprefix(BOM_UTF8), allow_inf_nan=False)
     except ValueError as error:
         raise APIError(422, f"the body is no JSON in UTF-8: {error}", "invalid_json") from error
 
