@@ -9,12 +9,10 @@ from typing import Any
 
 import httpx
 import openai
-import uvicorn
 
 from nugget2d import Nugget2D
-from nugget2d.server.app import make_app
 from nugget2d.server.metrics import Metrics
-from nugget2d.server.run import listen
+from nugget2d.server.run import Server, listen
 from nugget2d.server.service import Service
 from nugget2d.server.settings import Keys, Settings
 from nugget2d.store import MemoryStore
@@ -37,10 +35,9 @@ class Running:
 def serving(model: Nugget2D, folder: Path, keys: tuple[str, ...] = (), **limits: Any) -> Iterator[Running]:
     settings = Settings(**({"name": "tiny", "max_context": model.config.context, "ratio": 4} | limits))
     with MemoryStore(folder) as store:
-        service = Service(model, store, settings, Metrics())
+        service = Service(model, store, settings, Metrics(), several_keys=len(keys) > 1)
         listener = listen("127.0.0.1", 0)
-        config = uvicorn.Config(make_app(service, Keys(keys)), log_config=None, lifespan="off")
-        server = uvicorn.Server(config)
+        server = Server(service, Keys(keys))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
         try:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import tiny
 from nugget2d import Memory, Nugget2D
-from nugget2d.errors import InputError, ModelError, OverloadError, ShutdownError, TimeLimitError
+from nugget2d.errors import InputError, ModelError, ShutdownError, TimeLimitError
 from nugget2d.inference.prefix import prefix
 from nugget2d.inference.prompting import stop_tokens
 from nugget2d.inference.sampling import Sampler
@@ -257,17 +257,37 @@ def test_a_cancelled_job_leaves_its_sequence_slot(llama: Nugget2D, start: Start)
 
 
 @pytest.mark.usefixtures("endless")
-def test_what_cannot_wait_is_refused(llama: Nugget2D, start: Start) -> None:
-    made = start(llama, max_num_seqs=1, queue=1)
-    running, waiting = Client(llama, max_new_tokens=3000), Client(llama)
-    made.submit(running.job)
-    running.wait_for_text()
-    made.submit(waiting.job)
-    with pytest.raises(OverloadError, match="1 requests are waiting"):
-        made.submit(Client(llama).job)
-    running.job.cancel()
-    assert waiting.text()
-    made.submit(Client(llama).job)
+def test_owners_take_turns(llama: Nugget2D, start: Start) -> None:
+    made = start(llama, max_num_seqs=1)
+    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def submit(name: str) -> None:
+        def emit(event: Event) -> None:
+            if isinstance(event, (Finished, Failed)):
+                ended.put(name)
+
+        made.submit(Client(llama, owner=name[0], emit=emit, max_new_tokens=2).job)
+
+    first = Client(llama, owner="a", max_new_tokens=3000)
+    made.submit(first.job)
+    first.wait_for_text()
+    for name in ("a1", "a2", "a3", "b1", "b2", "c1"):
+        submit(name)
+    first.job.cancel()
+    assert [ended.get(timeout=60) for _ in range(6)] == ["b1", "c1", "a1", "b2", "a2", "a3"]
+
+
+@pytest.mark.usefixtures("endless")
+def test_rows_that_would_not_fit_side_by_side_wait(llama: Nugget2D, start: Start) -> None:
+    """All rows of a batch are as long as the longest."""
+    steps: list[int] = []
+    made = start(llama, max_entries=300, on_step=steps.append)
+    clients = [Client(llama, entries=entries, max_new_tokens=40) for entries in (140, 100, 160, 60)]
+    for client in clients:
+        made.submit(client.job)
+    for client in clients:
+        assert client.text()
+    assert max(steps) == 2
 
 
 @pytest.mark.usefixtures("endless")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 import torch
 from torch import Tensor
 
+from nugget2d.errors import TimeLimitError
 from nugget2d.inference.prefix import prefix
 from nugget2d.inference.sampling import Sampler
 from nugget2d.memory.memory import Memory
@@ -31,6 +32,11 @@ CHARS_PER_TOKEN = 4  # about, for whose turn it is
 Work = Generator[int, None, None]
 
 
+def too_late() -> TimeLimitError:
+    """Why a request fails that exceeded its time limit."""
+    return TimeLimitError("the request took longer than the server allows; ask for less")
+
+
 class Job(ABC):
     """One request to an engine.
 
@@ -38,12 +44,16 @@ class Job(ABC):
         emit: takes every event, in the engine's thread; it must neither wait nor raise.
         deadline: when `time.monotonic` will have passed this, the job fails.
         size: tokens that it will read.
+        owner: whose it is.
+        entries: of the cache that its answer needs.
         cancelled: see `cancel`.
     """
 
-    def __init__(self, emit: Callable[[Event], None], seconds: float, size: int) -> None:
+    def __init__(
+        self, emit: Callable[[Event], None], seconds: float, size: int, owner: str = "", entries: int = 0
+    ) -> None:
         """A job of `size` tokens that fails if it takes more than `seconds` from now on."""
-        self.emit, self.size = emit, size
+        self.emit, self.size, self.owner, self.entries = emit, size, owner, entries
         self.deadline = time.monotonic() + seconds
         self.cancelled = False
 
@@ -60,10 +70,17 @@ class Compression(Job):
     """A text becomes a memory, `Made` at the end."""
 
     def __init__(
-        self, text: str, size: int, options: CompressOptions, *, emit: Callable[[Event], None], seconds: float
+        self,
+        text: str,
+        size: int,
+        options: CompressOptions,
+        *,
+        emit: Callable[[Event], None],
+        seconds: float,
+        owner: str = "",
     ) -> None:
         """`text`, of `size` tokens, compressed as `options` say."""
-        super().__init__(emit, seconds, size)
+        super().__init__(emit, seconds, size, owner)
         self._text, self._options = text, options
 
     def work(self, model: Network) -> Work:
@@ -97,6 +114,8 @@ class Generation(Job):
         transcript: Transcript,
         emit: Callable[[Event], None],
         seconds: float,
+        owner: str = "",
+        entries: int = 0,
     ) -> None:
         """Continue [memory | prefix, compressed | ids].
 
@@ -111,8 +130,10 @@ class Generation(Job):
             transcript: how they become text, and where it ends.
             emit: see `Job`.
             seconds: see `Job`.
+            owner: see `Job`.
+            entries: see `Job`.
         """
-        super().__init__(emit, seconds, len(prefix) // CHARS_PER_TOKEN + len(ids))
+        super().__init__(emit, seconds, len(prefix) // CHARS_PER_TOKEN + len(ids), owner, entries)
         self.role: Role = "base"
         self.cache: RowCache = HeadwiseCache()
         self.position = self.token = 0

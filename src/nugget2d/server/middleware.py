@@ -9,8 +9,11 @@ import traceback
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nugget2d.server.api_errors import APIError
+from nugget2d.errors import LimitError, OverloadError
+from nugget2d.server.api_errors import APIError, api_error
 from nugget2d.server.context import CLIENT_LEFT, RequestContext, log
+from nugget2d.server.costs import BODY
+from nugget2d.server.limits import Room, Share
 from nugget2d.server.metrics import Metrics
 from nugget2d.server.settings import Keys, Settings
 
@@ -20,9 +23,9 @@ PRIVATE = "/v1/"
 class Middleware:
     """An ASGI application around another."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, keys: Keys, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, keys: Keys, metrics: Metrics, room: Room) -> None:
         """See the module."""
-        self._app, self._settings, self._keys, self._metrics = app, settings, keys, metrics
+        self._app, self._settings, self._keys, self._metrics, self._room = app, settings, keys, metrics, room
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -31,7 +34,7 @@ class Middleware:
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         owner = self._keys.owner(headers.get("authorization", ""))
-        context = RequestContext(owner or "")
+        context = RequestContext(owner or "", self._settings.seconds, self._room.share())
         scope["nugget2d.context"] = context
 
         async def answer(message: Message) -> None:
@@ -43,14 +46,14 @@ class Middleware:
         try:
             if owner is None and scope["path"].startswith(PRIVATE):
                 raise APIError(401, "no valid API key: send the header 'Authorization: Bearer KEY'", "invalid_api_key")
-            body = await self._body(headers.get("content-length", ""), receive)
+            body = await self._body(headers.get("content-length", ""), receive, context.held)
             await self._serve(scope, body, receive, answer)
-        except APIError as error:
-            await error.response()(scope, receive, answer)
+        except (APIError, LimitError, OverloadError) as error:
+            await api_error(error).response()(scope, receive, answer)
         except Exception:  # the client has its error already; the reason is for the operator
             context.metrics["error"] = traceback.format_exc()
         finally:
-            context.ending.close()
+            context.end()
             self._report(scope, context)
 
     async def _serve(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
@@ -81,7 +84,7 @@ class Middleware:
             serving.cancel()
             watching.cancel()
 
-    async def _body(self, length: str, receive: Receive) -> bytes:
+    async def _body(self, length: str, receive: Receive, held: Share) -> bytes:
         """The body of a request, as large as is allowed."""
         most = self._settings.max_bytes
         too_large = APIError(413, f"the request is larger than {most:,} bytes, which is what the server takes")
@@ -96,6 +99,7 @@ class Middleware:
                 if message["type"] == "http.disconnect":
                     raise APIError(CLIENT_LEFT, "the client left")
                 chunks.append(message.get("body", b""))
+                held.take(BODY * len(chunks[-1]))
                 size += len(chunks[-1])
                 if size > most:
                     raise too_large

@@ -1,5 +1,6 @@
 """Runs the server as a process: socket, signals, shutdown."""
 
+import asyncio
 import logging
 import signal
 import socket
@@ -11,6 +12,7 @@ import uvicorn
 from nugget2d.errors import ContextWarning, InputError
 from nugget2d.model import Nugget2D
 from nugget2d.server.app import make_app
+from nugget2d.server.connections import IDLE_SECONDS, FailureLog, GuardedProtocol, max_connections
 from nugget2d.server.context import log
 from nugget2d.server.metrics import Metrics
 from nugget2d.server.service import Service
@@ -28,16 +30,7 @@ def serve(model: Nugget2D, store: MemoryStore, settings: Settings, keys: Keys, l
         keys: who may ask.
         listener: from `listen`.
     """
-    metrics = Metrics()
-    service = Service(model, store, settings, metrics)
-    config = uvicorn.Config(
-        make_app(service, keys),
-        log_config=None,  # context.py logs
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        timeout_graceful_shutdown=round(settings.grace),
-    )
+    service = Service(model, store, settings, Metrics(), several_keys=keys.several)
     warnings.simplefilter("ignore", ContextWarning)  # the client is told, in its usage
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises a signal once more when it is through with it: by then it means nothing
@@ -46,10 +39,35 @@ def serve(model: Nugget2D, store: MemoryStore, settings: Settings, keys: Keys, l
     host, port = listener.getsockname()[:2]
     log("listening", url=f"http://{host}:{port}", model=settings.name)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(service, keys).run(sockets=[listener])
     finally:
         service.close()
     log("stopped")
+
+
+class Server(uvicorn.Server):
+    """uvicorn, serving a service within its limits."""
+
+    def __init__(self, service: Service, keys: Keys) -> None:
+        """See `serve`."""
+        config = uvicorn.Config(
+            make_app(service, keys),
+            http=GuardedProtocol,
+            log_config=None,  # context.py logs
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            backlog=128,  # asyncio tries as often before it waits, where there are no file descriptors left
+            limit_concurrency=max_connections(),
+            timeout_keep_alive=IDLE_SECONDS,
+            timeout_graceful_shutdown=round(service.settings.grace),
+        )
+        super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start; failures of the event loop go to the log, each kind now and then."""
+        asyncio.get_running_loop().set_exception_handler(FailureLog())
+        await super().startup(sockets)
 
 
 def listen(host: str, port: int) -> socket.socket:
