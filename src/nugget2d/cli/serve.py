@@ -43,7 +43,7 @@ def serve(
     max_bytes: Annotated[int, typer.Option("--max-bytes", min=1024, help="Largest request.")] = 16 << 20,
     max_input: Annotated[
         int, typer.Option("--max-input", min=8, help="Tokens of a request's texts, compressed or not; more get 413.")
-    ] = 1 << 18,
+    ] = 1 << 17,
     max_memory: Annotated[
         int | None,
         typer.Option(

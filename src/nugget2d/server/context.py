@@ -5,12 +5,13 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
 from starlette.requests import Request
 
+from nugget2d.memory.memory import Memory
 from nugget2d.server.limits import Share
 
 CLIENT_LEFT = 499  # as proxies log it; it is never sent
@@ -28,6 +29,7 @@ class RequestContext:
         start: by `time.perf_counter`.
         status: of the response; 499 if the client left before there was one.
         metrics: for the log: numbers and words of the server's own.
+        memories: that it reads, as they are stored: while they are here, other requests read the same.
         over: it has ended, whatever is still done for it.
     """
 
@@ -38,6 +40,7 @@ class RequestContext:
     start: float = field(default_factory=time.perf_counter)
     status: int = CLIENT_LEFT
     metrics: dict[str, object] = field(default_factory=dict)
+    memories: Sequence[Memory] = ()
     over: bool = False
     _calls: list[Callable[[], None]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -70,8 +73,8 @@ class RequestContext:
         """The request is over."""
         with self._lock:
             self.over = True
-        self.held.close()
-        for call in self._calls:
+            calls, self._calls, self.memories = self._calls, [], ()  # a connection keeps its last request
+        for call in [self.held.close, *calls]:
             call()
 
 

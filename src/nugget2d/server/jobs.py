@@ -106,6 +106,7 @@ class Generation(Job):
         ids: Sequence[int],
         *,
         memory: Memory | None = None,
+        unread: int = 0,
         prefix: str = "",
         prefix_options: CompressOptions | None = None,
         max_new_tokens: int,
@@ -122,6 +123,7 @@ class Generation(Job):
         Args:
             ids: tokens to be read uncompressed.
             memory: what was stored.
+            unread: tokens of stored memories before it, which are out of reach.
             prefix: the text between them, to be compressed.
             prefix_options: how.
             max_new_tokens: at most so many.
@@ -138,18 +140,21 @@ class Generation(Job):
         self.cache: RowCache = HeadwiseCache()
         self.position = self.token = 0
         self.max_new_tokens, self.done = max_new_tokens, False
-        self._ids, self._memory, self._prefix, self._prefix_options = ids, memory, prefix, prefix_options
+        self._ids, self._memory, self._unread = ids, memory, unread
+        self._prefix, self._prefix_options = prefix, prefix_options
         self._ends, self._sampler, self._transcript = ends, sampler, transcript
 
     def work(self, model: Network) -> Work:
         """Read the context; the first token of the answer is chosen at its end."""
-        memory, stored = self._memory, 0 if self._memory is None else self._memory.num_tokens
+        memory, self._memory = self._memory, None  # its states are in the cache soon; nobody else may need it
+        stored = self._unread + (0 if memory is None else memory.num_tokens)
         if self._prefix and self._prefix_options is not None:
             made = yield from compress(model, self._prefix, self._prefix_options)
             memory = made if memory is None else consecutive(model, [memory, made])
-        unread = self._open(model, memory)
+        unread = self._unread + self._open(model, memory)
         nuggets, whole = 0 if memory is None else memory.num_nuggets, len(self._ids)
-        tokens = (0 if memory is None else memory.num_tokens) + whole
+        tokens = self._unread + (0 if memory is None else memory.num_tokens) + whole
+        del memory
         self.emit(ContextSize(tokens, stored, nuggets, whole, unread))
         prompt = self._embeds
         logits = torch.empty(0)

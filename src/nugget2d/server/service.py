@@ -20,7 +20,7 @@ from nugget2d.methods.options import CompressOptions
 from nugget2d.model import Nugget2D
 from nugget2d.server.compression import consecutive
 from nugget2d.server.context import RequestContext
-from nugget2d.server.costs import ROW, TOKENIZED, Costs, count_tokens
+from nugget2d.server.costs import PIECE, ROW, TOKENIZED, Costs, count_tokens
 from nugget2d.server.engine import Engine
 from nugget2d.server.events import Event, Failed, Finished, Made
 from nugget2d.server.fitting import Prompt, fit_around_context, fit_conversation, fit_text
@@ -34,8 +34,7 @@ from nugget2d.store import MemoryStore, Record
 from nugget2d.store.record import record_id
 from nugget2d.text.detokenizer import Transcript
 
-THREADS = 4  # texts that are tokenized or files that are read at once
-LIGHT_THREADS = 2  # for lists and records, which must not wait for those
+THREADS = 2  # of each kind of work
 
 T = TypeVar("T")
 Emit = Callable[[Event], None]
@@ -59,6 +58,30 @@ class Question:
     sampler: Sampler
     stop: Sequence[str]
 
+    @property
+    def texts(self) -> list[str]:
+        """What the prompt is made of."""
+        return [self.prompt] if isinstance(self.prompt, str) else [message.text for message in self.prompt]
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """What the model reads for a question: the memory, and a prompt after it.
+
+    Attributes:
+        prompt: see there.
+        stop: strings that end the answer, besides the question's own.
+        memory: what is read before it.
+        unread: tokens of other memories before that one.
+        entries: of a cache for all that and the answer.
+    """
+
+    prompt: Prompt
+    stop: Sequence[str]
+    memory: Memory | None
+    unread: int
+    entries: int
+
 
 class Service:
     """One model, one store, one engine."""
@@ -80,8 +103,10 @@ class Service:
         self._model = copy.copy(model)
         self._model.config = model.config.model_copy(update=changes)
         self._local = threading.local()
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="nugget2d-text")
-        self._light = ThreadPoolExecutor(LIGHT_THREADS, thread_name_prefix="nugget2d-light")
+        # lists and records wait for no text or file, and short texts for no long one
+        self._light, self._short, self._long = (
+            ThreadPoolExecutor(THREADS, thread_name_prefix=f"nugget2d-{kind}") for kind in ("light", "short", "long")
+        )
         self._loader, self._quota = Loader(store), Quota(settings.max_stored)
         self.room = Room(settings.max_memory // 2)
         self._costs = Costs.of(self._model)  # before the engine has the model
@@ -100,11 +125,11 @@ class Service:
     def close(self) -> None:
         """Fail what is not done."""
         self.engine.close()
-        for threads in (self._threads, self._light):
+        for threads in (self._light, self._short, self._long):
             threads.shutdown()
 
     async def in_thread(self, call: Callable[[], T]) -> T:
-        """What `call` returns, without holding up the event loop; it is over soon, and waits for no text or file."""
+        """What `call` returns, without holding up the event loop, for what is over soon."""
         return await asyncio.get_running_loop().run_in_executor(self._light, call)
 
     @property
@@ -137,7 +162,8 @@ class Service:
                 return key, self.store.record(record_id(key, context.owner), owner=context.owner), 0
             return key, None, self._begin(context, request.text, settings)
 
-        key, known, size = await self._work(context, begin)
+        chars = len(request.text)
+        key, known, size = await self._work(context, chars, begin)
         if known is not None:
             return known
 
@@ -150,6 +176,7 @@ class Service:
         context.metrics |= {"tokens": memory.num_tokens, "nuggets": memory.num_nuggets}
         return await self._work(
             context,
+            chars,
             lambda: self.store.put(
                 memory,
                 model=self._model,
@@ -173,15 +200,21 @@ class Service:
             OverloadError, ShutdownError, TimeLimitError: see `Engine`; too little memory is left by others.
         """
         leave = self._enter(context)
-        reading = await self._work(context, lambda: self._read(context, question))
-        prompt, stop, memory, entries = reading
+        async for event in self._events(context, await self._question(context, question), leave):
+            yield event
+
+    async def _question(self, context: RequestContext, question: Question) -> Callable[[Emit], Job]:
+        """What makes the job of a question; nothing else holds its memory."""
+        reading = await self._work(context, sum(map(len, question.texts)), lambda: self._read(context, question))
+        prompt, stop = reading.prompt, reading.stop
 
         def job(emit: Emit) -> Job:
             return Generation(
                 prompt.ids,
-                memory=memory,
+                memory=reading.memory,
+                unread=reading.unread,
                 prefix=prompt.prefix,
-                prefix_options=self._prefix_options(memory) if prompt.prefix else None,
+                prefix_options=self._prefix_options(reading.memory) if prompt.prefix else None,
                 max_new_tokens=question.max_tokens,
                 ends=self._ends,
                 sampler=question.sampler,
@@ -189,11 +222,10 @@ class Service:
                 emit=emit,
                 seconds=context.left,
                 owner=context.owner,
-                entries=entries,
+                entries=reading.entries,
             )
 
-        async for event in self._events(context, job, leave):
-            yield event
+        return job
 
     def _enter(self, context: RequestContext) -> Callable[[], None]:
         """A place for a request; what is returned gives it back before its end."""
@@ -201,8 +233,8 @@ class Service:
         context.at_end(leave)
         return leave
 
-    async def _work(self, context: RequestContext, call: Callable[[], T]) -> T:
-        """What `call` returns, in a thread for texts and files; not begun if the request is over by then.
+    async def _work(self, context: RequestContext, chars: int, call: Callable[[], T]) -> T:
+        """What `call` makes of so many characters, in a thread; not begun if the request is over by then.
 
         Raises:
             TimeLimitError: the request has no time left.
@@ -213,7 +245,8 @@ class Service:
             return call()
 
         try:
-            working = asyncio.get_running_loop().run_in_executor(self._threads, work)
+            threads = self._short if chars <= PIECE else self._long
+            working = asyncio.get_running_loop().run_in_executor(threads, work)
             return await asyncio.wait_for(working, max(context.left, 0))
         except asyncio.TimeoutError as error:
             raise too_late() from error
@@ -240,23 +273,30 @@ class Service:
         context.at_end(self._quota.take(owner, made, stored))
         return tokens
 
-    def _load(self, context: RequestContext, ids: Sequence[str]) -> Memory | None:
-        """The memories of these ids as one; the request holds what they take."""
+    def _load(self, context: RequestContext, ids: Sequence[str]) -> tuple[Memory | None, int]:
+        """The memories of these ids as one, and the tokens of those at the beginning that are out of the model's reach.
+
+        The request holds what they take.
+        """
         records = [self.store.record(memory_id, owner=context.owner) for memory_id in ids]
+        tokens = [record.num_tokens for record in records]
+        first = len(records)
+        while first and sum(tokens[first:]) < self._costs.context:
+            first -= 1
+        records, unread = records[first:], sum(tokens[:first])
         nbytes = sum({record.key: record.nbytes for record in records}.values())
         if len(records) > 1:  # they are copied, perhaps in another dtype
             nbytes += sum(max(record.nbytes, record.num_nuggets * self._costs.token) for record in records)
         context.held.take(nbytes)
-        memories = [self._loader.get(record) for record in records]
-        return consecutive(self._model, memories) if memories else None
+        context.memories = [self._loader.get(record) for record in records]
+        return consecutive(self._model, context.memories) if records else None, unread
 
-    def _read(self, context: RequestContext, question: Question) -> tuple[Prompt, Sequence[str], Memory | None, int]:
-        """What the model will read, the strings that end its answer, the memory before it, and entries of its cache."""
+    def _read(self, context: RequestContext, question: Question) -> _Reading:
+        """What the model will read for a question."""
         if not question.memory_ids and not question.prompt:
             raise InputError("nothing to continue: give a prompt or memory_ids")
-        asked = question.prompt
-        tokens = self._count(context, [asked] if isinstance(asked, str) else [message.text for message in asked])
-        memory = self._load(context, question.memory_ids)
+        tokens = self._count(context, question.texts)
+        memory, unread = self._load(context, question.memory_ids)
         prompt, stop = self._fit(question, memory)
         nuggets, compressed = 0 if memory is None else memory.num_nuggets, max(0, tokens - len(prompt.ids))
         if prompt.prefix:
@@ -265,7 +305,7 @@ class Service:
             nuggets += kept
         entries = self._costs.entries(nuggets, len(prompt.ids) + question.max_tokens)
         context.held.take(ROW * entries * self._costs.token)
-        return prompt, stop, memory, entries
+        return _Reading(prompt, stop, memory, unread, entries)
 
     def _fit(self, question: Question, memory: Memory | None) -> tuple[Prompt, Sequence[str]]:
         """A prompt as the model reads it after a memory, and the strings that end its answer."""
@@ -318,6 +358,7 @@ class Service:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         job = make(emit)
+        del make  # and the memory with it
         context.at_end(job.cancel)
         # the engine may be in the middle of a long step
         late = loop.call_later(context.left, events.put_nowait, Failed(too_late()))

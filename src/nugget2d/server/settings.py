@@ -37,7 +37,7 @@ class Settings(Frozen):
     queue: int = Field(default=64, ge=0)
     seconds: float = Field(default=120, gt=0)
     max_bytes: int = Field(default=16 << 20, ge=1024)
-    max_input: int = Field(default=1 << 18, ge=8)
+    max_input: int = Field(default=1 << 17, ge=8)
     max_memory: int = Field(default_factory=default_memory, ge=1 << 20)
     max_stored: int | None = Field(default=None, ge=0)
     grace: float = Field(default=30, ge=0)
