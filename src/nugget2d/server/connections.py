@@ -15,7 +15,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from nugget2d.server.context import log
 
 MAX_CONNECTIONS = 1024
-FREE_DESCRIPTORS = 64  # for the store and the libraries
 IDLE_SECONDS = 10  # without the whole head of a request
 STALLED_SECONDS = 60  # without reading what was sent
 QUIET_SECONDS = 60  # between two lines of the log about the same failure
@@ -40,7 +39,9 @@ class GuardedProtocol(H11Protocol):
             # if none is idle the new one stays, for uvicorn to answer it with 503
             others = [other for other in self.connections if isinstance(other, GuardedProtocol) and other is not self]
             if idle := [other for other in others if other.idle]:
-                min(idle, key=lambda other: other._since).transport.abort()
+                oldest = min(idle, key=lambda other: other._since)
+                self.connections.discard(oldest)  # at once: many may come before the event loop has closed it
+                oldest.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; unless they complete the head of a request, its time goes on."""
@@ -80,15 +81,15 @@ class GuardedProtocol(H11Protocol):
 
 
 def max_connections() -> int:
-    """As many as this process has file descriptors for."""
+    """As many as this process has file descriptors for; half of them are for files, and for those being refused."""
     try:
         import resource  # of POSIX alone
     except ImportError:
-        return MAX_CONNECTIONS // 4
+        return MAX_CONNECTIONS // 2
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if descriptors == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS
-    return max(8, min(MAX_CONNECTIONS, descriptors - FREE_DESCRIPTORS))
+    return min(MAX_CONNECTIONS, descriptors // 2)
 
 
 class FailureLog:
