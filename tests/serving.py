@@ -39,7 +39,7 @@ class Running:
 def serving(model: Nugget2D, folder: Path, keys: tuple[str, ...] = (), **limits: Any) -> Iterator[Running]:
     settings = Settings(**({"name": "tiny", "max_context": model.config.context, "ratio": 4} | limits))
     with MemoryStore(folder) as store:
-        service = Service(model, store, settings, Metrics())
+        service = Service(model, store, settings, Metrics(), several_keys=len(keys) > 1)
         listener = listen("127.0.0.1", 0)
         server = Server(service, Keys(keys))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 import tiny
 from nugget2d import Memory, Nugget2D
-from nugget2d.errors import InputError, ModelError, OverloadError, ShutdownError, TimeLimitError
+from nugget2d.errors import InputError, ModelError, ShutdownError, TimeLimitError
 from nugget2d.inference.prefix import prefix
 from nugget2d.inference.prompting import stop_tokens
 from nugget2d.inference.sampling import Sampler
+from nugget2d.memory.states import States
 from nugget2d.methods.options import CompressOptions
 from nugget2d.modeling.cache import Nuggets, cached_states
 from nugget2d.server import batch, engine, jobs
@@ -257,17 +258,37 @@ def test_a_cancelled_job_leaves_its_sequence_slot(llama: Nugget2D, start: Start)
 
 
 @pytest.mark.usefixtures("endless")
-def test_what_cannot_wait_is_refused(llama: Nugget2D, start: Start) -> None:
-    made = start(llama, max_num_seqs=1, queue=1)
-    running, waiting = Client(llama, max_new_tokens=3000), Client(llama)
-    made.submit(running.job)
-    running.wait_for_text()
-    made.submit(waiting.job)
-    with pytest.raises(OverloadError, match="1 requests are waiting"):
-        made.submit(Client(llama).job)
-    running.job.cancel()
-    assert waiting.text()
-    made.submit(Client(llama).job)
+def test_owners_take_turns(llama: Nugget2D, start: Start) -> None:
+    made = start(llama, max_num_seqs=1)
+    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def submit(name: str) -> None:
+        def emit(event: Event) -> None:
+            if isinstance(event, (Finished, Failed)):
+                ended.put(name)
+
+        made.submit(Client(llama, owner=name[0], emit=emit, max_new_tokens=2).job)
+
+    first = Client(llama, owner="a", max_new_tokens=3000)
+    made.submit(first.job)
+    first.wait_for_text()
+    for name in ("a1", "a2", "a3", "b1", "b2", "c1"):
+        submit(name)
+    first.job.cancel()
+    assert [ended.get(timeout=60) for _ in range(6)] == ["b1", "c1", "a1", "b2", "a2", "a3"]
+
+
+@pytest.mark.usefixtures("endless")
+def test_rows_that_would_not_fit_side_by_side_wait(llama: Nugget2D, start: Start) -> None:
+    """All rows of a batch are as long as the longest."""
+    steps: list[int] = []
+    made = start(llama, max_entries=300, on_step=steps.append)
+    clients = [Client(llama, entries=entries, max_new_tokens=40) for entries in (140, 100, 160, 60)]
+    for client in clients:
+        made.submit(client.job)
+    for client in clients:
+        assert client.text()
+    assert max(steps) == 2
 
 
 @pytest.mark.usefixtures("endless")
@@ -338,23 +359,30 @@ class Hostile(Sampler):
 
 
 def test_no_numbers_of_one_job_touch_another(llama: Nugget2D, start: Start) -> None:
-    """All sampling parameters at their extremes, side by side with an answer that stays what it is alone."""
+    """All parameters of an answer at their extremes, side by side with one that stays what it is alone."""
     made = start(llama)
     wanted = llama.generate("The keeper", max_new_tokens=20)
+    beside = llama.generate(" and", max_new_tokens=3)
     temperatures, values = st.sampled_from(TEMPERATURES), st.sampled_from([*LOGITS, math.nan])
     top_ps, seeds = st.sampled_from(TOP_PS), st.sampled_from(SEEDS)
     hostile = st.builds(Hostile, values, temperature=temperatures, top_p=top_ps, seed=seeds)
     harmless = st.builds(Sampler, temperatures, top_ps, seeds)
+    # what ends it at once, in the middle, never, or holds back all of its text
+    stops = st.lists(st.sampled_from([beside[:1], beside, beside[1:] + "\0", "\0" * 200, " ", "é"]), max_size=16)
+    lengths = st.sampled_from([1, 2, 6, 30])
 
-    @settings(max_examples=25)
-    @given(st.lists(hostile | harmless, min_size=1, max_size=3))
-    def check(samplers: list[Sampler]) -> None:
+    @settings(max_examples=40)
+    @given(st.lists(st.tuples(hostile | harmless, stops, lengths), min_size=1, max_size=3))
+    def check(numbers: list[tuple[Sampler, list[str], int]]) -> None:
         bystander = Client(llama, max_new_tokens=20)
-        others = [Client(llama, " and", sampler=sampler, max_new_tokens=6) for sampler in samplers]
+        others = [
+            Client(llama, " and", sampler=sampler, stop=stop, max_new_tokens=length)
+            for sampler, stop, length in numbers
+        ]
         for client in [*others, bystander]:
             made.submit(client.job)
         assert bystander.text() == wanted
-        for client, sampler in zip(others, samplers, strict=True):
+        for client, (sampler, _, _) in zip(others, numbers, strict=True):
             damaged = isinstance(sampler, Hostile) and (math.isnan(sampler.value) or sampler.value == -math.inf)
             ended = client.result()[-1]
             assert isinstance(ended, Failed if damaged else Finished)
@@ -408,6 +436,41 @@ def test_states_that_are_not_numbers_stay_in_their_own_answer(llama: Nugget2D, s
         assert isinstance(clients[0].error(), ModelError)
         for client in clients[1:]:
             assert client.text() == llama.generate(client.prompt, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "knorm"}], ids=["trained", "training-free"])
+def test_a_damaged_memory_fails_its_own_answers(options: dict[str, Any], llama: Nugget2D, start: Start) -> None:
+    """However they are drawn: with sampling, numbers that are none have ended everybody's answers."""
+    made, memory = start(llama), llama.compress(tiny.TEXT[:200], ratio=4, **options)
+    values = [States.store(torch.full_like(states.restore(), math.nan), "float32") for states in memory.values]
+    damaged = memory.with_states(memory.keys, values)
+    bystander = Client(llama, max_new_tokens=40)
+    made.submit(bystander.job)
+    for drawing in ({"temperature": 1.0, "top_p": 0.5}, {"temperature": 2.0}, {"temperature": 1e-6}, {}):
+        broken = Client(llama, " and", damaged, **drawing)
+        made.submit(broken.job)
+        assert isinstance(broken.error(), ModelError)
+        reader = Client(llama, " and", memory)
+        made.submit(reader.job)
+        assert reader.text() == llama.generate(" and", memory=memory, max_new_tokens=12)
+    assert bystander.text() == llama.generate("The keeper", max_new_tokens=40)
+
+
+def test_a_long_row_that_was_left_is_forgotten_when_the_next_comes() -> None:
+    cache = BatchCache()
+
+    def add(length: int, capacity: int) -> None:
+        states = torch.full((1, 2, length, 4), float(length))
+        cache.add([states], [states], capacity)
+
+    add(3, 8)
+    add(5, 1000)
+    add(2, 10)
+    assert cache._buffers[0][0].shape == (4, 2, 1000, 4)
+    cache.drop(1)
+    add(4, 9)
+    assert cache._buffers[0][0].shape == (4, 2, 10, 4)
+    assert [cache.row(row)[0][0][0, 0, :, 0].tolist() for row in range(3)] == [[3] * 3, [2] * 2, [4] * 4]
 
 
 def test_a_row_that_is_left_is_empty() -> None:

@@ -46,8 +46,12 @@ class RecipeError(NuggetError):
     """A training recipe has a wrong key or value."""
 
 
+class LimitError(NuggetError):
+    """A request takes more than its server allows, whatever others do."""
+
+
 class OverloadError(NuggetError):
-    """The queue of waiting requests is full; try again later."""
+    """The server has too much to do for one more request; try again later."""
 
 
 class TimeLimitError(NuggetError):

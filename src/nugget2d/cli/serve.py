@@ -53,6 +53,24 @@ def serve(
     queue: Annotated[int, typer.Option("--queue", min=0, help="Requests that may wait; more get 429.")] = 64,
     time_limit: Annotated[float, typer.Option("--time-limit", min=0.1, help="Seconds for a request.")] = 120,
     max_bytes: Annotated[int, typer.Option("--max-bytes", min=1024, help="Largest request.")] = 16 << 20,
+    max_input: Annotated[
+        int, typer.Option("--max-input", min=8, help="Tokens of a request's texts, compressed or not; more get 413.")
+    ] = 1 << 17,
+    max_memory: Annotated[
+        int | None,
+        typer.Option(
+            "--max-memory",
+            min=1 << 20,
+            help="Bytes that all requests may hold together; more get 429, one that is too large alone 413.",
+            show_default="half of the machine's",
+        ),
+    ] = None,
+    max_stored: Annotated[
+        int | None,
+        typer.Option(
+            "--max-stored", min=0, help="Bytes of memories that a key may keep; more get 413.", show_default="no limit"
+        ),
+    ] = None,
     grace: Annotated[float, typer.Option("--grace", min=0, help="Seconds for running requests at shutdown.")] = 30,
 ) -> None:
     """Serve a model and its memories over HTTP, as the OpenAI API does (docs/SERVING.md)."""
@@ -78,6 +96,7 @@ def serve(
         except ImportError as error:
             raise InputError("serving needs more packages: pip install 'nugget2d[server]'") from error
 
+        from nugget2d.server.limits import default_memory
         from nugget2d.server.run import listen, served_name
         from nugget2d.server.run import serve as run
         from nugget2d.server.settings import Keys, Settings
@@ -94,6 +113,9 @@ def serve(
             queue=queue,
             seconds=time_limit,
             max_bytes=max_bytes,
+            max_input=max_input,
+            max_memory=max_memory or default_memory(),
+            max_stored=max_stored,
             grace=grace,
             host=host,
             allow_hosts=tuple(allowed),

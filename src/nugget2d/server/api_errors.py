@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse
 
 from nugget2d.errors import (
     InputError,
+    LimitError,
     MismatchError,
     ModelError,
     OverloadError,
@@ -81,6 +82,8 @@ def api_error(error: Exception) -> APIError:
         return APIError(400, "a memory was made by another model than the one served here; compress its text again")
     if isinstance(error, (InputError, ModelError)):
         return APIError(400, message)
+    if isinstance(error, LimitError):
+        return APIError(413, message, "too_large")
     if isinstance(error, OverloadError):
         return APIError(429, message, "queue_full")
     if isinstance(error, ShutdownError):

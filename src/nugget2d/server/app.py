@@ -35,7 +35,7 @@ def make_app(service: Service, keys: Keys) -> Middleware:
     app.add_exception_handler(APIError, _failed)
     app.add_exception_handler(NuggetError, _failed)
     app.add_exception_handler(Exception, _failed)
-    return Middleware(app, service.settings, keys, service.metrics)
+    return Middleware(app, service.settings, keys, service.metrics, service.room)
 
 
 def _models(service: Service) -> APIRouter:

@@ -35,6 +35,7 @@ class BatchCache(DynamicCache):
         super().__init__()
         self.lengths: list[int] = []
         self._rows, self._capacity = 1, 0
+        self._needs: list[int] = []  # capacity that each row was added for
         self._buffers: list[tuple[Tensor, Tensor]] = []  # of each layer: (rows, kv_heads, capacity, head_dim)
 
     def add(self, keys: Sequence[Tensor], values: Sequence[Tensor], capacity: int) -> None:
@@ -45,6 +46,7 @@ class BatchCache(DynamicCache):
             for buffer, new in zip(self._buffer(layer, *states), states, strict=True):
                 buffer[row, :, :length] = new[0]
         self.lengths.append(length)
+        self._needs.append(capacity)
 
     def row(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
         """The keys and the values of a row, as `add` takes them."""
@@ -53,13 +55,13 @@ class BatchCache(DynamicCache):
 
     def drop(self, index: int) -> None:
         """Forget a row; the last one takes its place."""
-        width, length = self.get_seq_length(), self.lengths.pop()
+        width, length, need = self.get_seq_length(), self.lengths.pop(), self._needs.pop()
         last = len(self.lengths)
         for buffer in (buffer for buffers in self._buffers for buffer in buffers):
             buffer[index, :, :width] = buffer[last, :, :width]  # what its own row left behind it, too
             buffer[last, :, :width] = 0
         if index < last:
-            self.lengths[index] = length
+            self.lengths[index], self._needs[index] = length, need
         if not self.lengths:  # one long request must not hold its memory for ever
             self._buffers, self._rows, self._capacity = [], 1, 0
 
@@ -109,10 +111,12 @@ class BatchCache(DynamicCache):
     def _make_room(self, capacity: int) -> None:
         """Room for one row more, and so many entries in every row."""
         count, width = len(self.lengths), self.get_seq_length()
-        if count < self._rows and capacity <= self._capacity:
+        longest = max([*self._needs, capacity])
+        # nor must one long request, once it has left, hold its memory as long as others come and go
+        if count < self._rows and longest <= self._capacity <= 2 * longest:
             return
         self._rows = self._rows if count < self._rows else 2 * self._rows
-        self._capacity = max(self._capacity, capacity)
+        self._capacity = longest
         old, self._buffers = self._buffers, []
         for layer, buffers in enumerate(old):
             for new, states in zip(self._buffer(layer, *buffers), buffers, strict=True):

@@ -2,14 +2,17 @@
 
 import json
 import sys
+import threading
 import time
 import uuid
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
 from starlette.requests import Request
 
+from nugget2d.memory.memory import Memory
+from nugget2d.server.limits import Share
 from nugget2d.server.shortening import shortened
 
 CLIENT_LEFT = 499  # as proxies log it; it is never sent
@@ -22,19 +25,27 @@ class RequestContext:
 
     Attributes:
         owner: whose memories it sees.
+        limit: seconds that it may take.
+        held: bytes that it holds.
         id: for the log and the client (`x-request-id`).
         start: by `time.perf_counter`.
         status: of the response; 499 if the client left before there was one.
         metrics: for the log: numbers and words of the server's own.
-        ending: called when the request is over, however it ends.
+        memories: that it reads, as they are stored: while they are here, other requests read the same.
+        over: it has ended, whatever is still done for it.
     """
 
     owner: str
+    limit: float
+    held: Share
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     start: float = field(default_factory=time.perf_counter)
     status: int = CLIENT_LEFT
     metrics: dict[str, object] = field(default_factory=dict)
-    ending: ExitStack = field(default_factory=ExitStack)
+    memories: Sequence[Memory] = ()
+    over: bool = False
+    _calls: list[Callable[[], None]] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @staticmethod
     def of(request: Request) -> "RequestContext":
@@ -46,6 +57,27 @@ class RequestContext:
     def seconds(self) -> float:
         """Since it began."""
         return time.perf_counter() - self.start
+
+    @property
+    def left(self) -> float:
+        """Seconds that it still has."""
+        return self.limit - self.seconds
+
+    def at_end(self, call: Callable[[], None]) -> None:
+        """Call it when the request is over, however it ends; at once if it is. From any thread."""
+        with self._lock:
+            if not self.over:
+                self._calls.append(call)
+                return
+        call()
+
+    def end(self) -> None:
+        """The request is over."""
+        with self._lock:
+            self.over = True
+            calls, self._calls, self.memories = self._calls, [], ()  # a connection keeps its last request
+        for call in [self.held.close, *calls]:
+            call()
 
 
 def log(event: str, **metrics: object) -> None:

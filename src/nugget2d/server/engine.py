@@ -4,21 +4,22 @@ Between two steps of the running answers jobs join and leave, and work that is n
 a text) gets a bounded time. So no request waits for the long text of another, or for a client that reads slowly.
 """
 
+import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from nugget2d.errors import OverloadError, ShutdownError, TimeLimitError
+from nugget2d.errors import ShutdownError
 from nugget2d.modeling.headwise import HeadwiseCache
 from nugget2d.modeling.network import Network
 from nugget2d.modeling.parameters import Role
 from nugget2d.server.batch import Batch
 from nugget2d.server.events import Failed
-from nugget2d.server.jobs import Generation, Job, Work
+from nugget2d.server.jobs import Generation, Job, Work, too_late
+from nugget2d.server.limits import Places
 
 # Seconds of unshared work between two steps; it ends with the first step that exceeds them.
 WORK_SECONDS = 0.05
@@ -37,7 +38,14 @@ class Engine:
     """Runs jobs: so many at a time, so many waiting."""
 
     def __init__(
-        self, model: Network, *, max_num_seqs: int, queue: int, on_step: Callable[[int], None] = lambda answers: None
+        self,
+        model: Network,
+        *,
+        max_num_seqs: int,
+        queue: int,
+        several_keys: bool = False,
+        max_entries: float = math.inf,
+        on_step: Callable[[int], None] = lambda answers: None,
     ) -> None:
         """Start the thread.
 
@@ -45,12 +53,16 @@ class Engine:
             model: used by the engine only, until `close`.
             max_num_seqs: jobs that run side by side.
             queue: jobs that may wait for a sequence slot.
+            several_keys: whether owners share the places (`Places`).
+            max_entries: of all rows of a batch together; all are as long as the longest.
             on_step: called with the number of answers that shared a step.
         """
-        self._model, self._max_num_seqs, self._queue, self._on_step = model, max_num_seqs, queue, on_step
-        self._waiting: deque[Job] = deque()
+        self._model, self._max_num_seqs, self._max_entries, self._on_step = model, max_num_seqs, max_entries, on_step
+        self._places = Places(max_num_seqs + queue, several_keys=several_keys)
+        self._waiting: list[Job] = []  # in the order of arrival
         self._unshared: list[_Unshared] = []  # in the order of arrival
         self._batches: dict[tuple[Role, bool], Batch] = {}
+        self._admitted: dict[str, int] = {}  # of each owner: when it last got a slot, as a number
         self._turns = 0
         self._changed = threading.Condition()
         self._closing = False
@@ -67,26 +79,26 @@ class Engine:
         """Jobs that have one."""
         return len(self._unshared) + sum(len(batch.jobs) for batch in self._batches.values())
 
-    def require_room(self) -> None:
-        """Check that a job would be taken now.
+    def enter(self, owner: str) -> Callable[[], None]:
+        """A place for a job of `owner`, before anything is done for it; what is returned gives it back.
 
         Raises:
-            OverloadError: as many are waiting as may.
+            OverloadError: as many run and wait as may.
             ShutdownError: the engine was closed.
         """
         if self._closing:
             raise ShutdownError("the server is shutting down; ask another, or later")
-        if len(self._waiting) >= self._queue and self.num_running >= self._max_num_seqs:
-            raise OverloadError(f"{len(self._waiting)} requests are waiting already; try again later")
+        return self._places.take(owner)
 
     def submit(self, job: Job) -> None:
-        """Put a job in the queue; what becomes of it goes to its `emit`.
+        """Put a job that has a place in the queue; what becomes of it goes to its `emit`.
 
         Raises:
-            OverloadError, ShutdownError: see `require_room`.
+            ShutdownError: the engine was closed.
         """
         with self._changed:
-            self.require_room()
+            if self._closing:
+                raise ShutdownError("the server is shutting down; ask another, or later")
             self._waiting.append(job)
             self._changed.notify()
 
@@ -114,8 +126,11 @@ class Engine:
             job.emit(Failed(ShutdownError("the server was shut down before this was done; ask again")))
 
     def _jobs(self) -> list[Job]:
-        running = [unshared.job for unshared in self._unshared]
-        return [*self._waiting, *running, *(job for batch in self._batches.values() for job in batch.jobs)]
+        return [*self._waiting, *self._running()]
+
+    def _running(self) -> list[Job]:
+        shared = (job for batch in self._batches.values() for job in batch.jobs)
+        return [*(unshared.job for unshared in self._unshared), *shared]
 
     def _dismiss(self) -> None:
         """Drop the jobs that were cancelled, and those that exceeded their time limit."""
@@ -125,7 +140,7 @@ class Engine:
                 continue
             self._drop(job)
             if not job.cancelled:
-                job.emit(Failed(TimeLimitError("the request took longer than the server allows; ask for less")))
+                job.emit(Failed(too_late()))
 
     def _drop(self, job: Job) -> None:
         if job in self._waiting:
@@ -136,8 +151,16 @@ class Engine:
                 batch.leave(job)
 
     def _admit(self) -> None:
+        """Give free slots to those who wait: owners take turns, each with its first job."""
         while self._waiting and self.num_running < self._max_num_seqs:
-            job = self._waiting.popleft()
+            running = self._running()
+            job = min(self._waiting, key=lambda job: self._admitted.get(job.owner, 0))
+            rows = 1 << len(running).bit_length()  # as `BatchCache` has them
+            entries = rows * max(other.entries for other in [job, *running])
+            if running and entries > self._max_entries:
+                break  # it is the next, when others have ended
+            self._waiting.remove(job)
+            self._admitted[job.owner] = max(self._admitted.values(), default=0) + 1
             self._unshared.append(_Unshared(job, job.work(self._model), job.size))
 
     def _work(self) -> None:

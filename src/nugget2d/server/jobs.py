@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 import torch
 from torch import Tensor
 
+from nugget2d.errors import TimeLimitError
 from nugget2d.inference.prefix import prefix
 from nugget2d.inference.sampling import Sampler
 from nugget2d.memory.memory import Memory
@@ -31,6 +32,11 @@ CHARS_PER_TOKEN = 4  # about, for whose turn it is
 Work = Generator[int, None, None]
 
 
+def too_late() -> TimeLimitError:
+    """Why a request fails that exceeded its time limit."""
+    return TimeLimitError("the request took longer than the server allows; ask for less")
+
+
 class Job(ABC):
     """One request to an engine.
 
@@ -38,12 +44,16 @@ class Job(ABC):
         emit: takes every event, in the engine's thread; it must neither wait nor raise.
         deadline: when `time.monotonic` will have passed this, the job fails.
         size: tokens that it will read.
+        owner: whose it is.
+        entries: of the cache that its answer needs.
         cancelled: see `cancel`.
     """
 
-    def __init__(self, emit: Callable[[Event], None], seconds: float, size: int) -> None:
+    def __init__(
+        self, emit: Callable[[Event], None], seconds: float, size: int, owner: str = "", entries: int = 0
+    ) -> None:
         """A job of `size` tokens that fails if it takes more than `seconds` from now on."""
-        self.emit, self.size = emit, size
+        self.emit, self.size, self.owner, self.entries = emit, size, owner, entries
         self.deadline = time.monotonic() + seconds
         self.cancelled = False
 
@@ -60,10 +70,17 @@ class Compression(Job):
     """A text becomes a memory, `Made` at the end."""
 
     def __init__(
-        self, text: str, size: int, options: CompressOptions, *, emit: Callable[[Event], None], seconds: float
+        self,
+        text: str,
+        size: int,
+        options: CompressOptions,
+        *,
+        emit: Callable[[Event], None],
+        seconds: float,
+        owner: str = "",
     ) -> None:
         """`text`, of `size` tokens, compressed as `options` say."""
-        super().__init__(emit, seconds, size)
+        super().__init__(emit, seconds, size, owner)
         self._text, self._options = text, options
 
     def work(self, model: Network) -> Work:
@@ -89,6 +106,7 @@ class Generation(Job):
         ids: Sequence[int],
         *,
         memory: Memory | None = None,
+        unread: int = 0,
         prefix: str = "",
         prefix_options: CompressOptions | None = None,
         max_new_tokens: int,
@@ -97,12 +115,15 @@ class Generation(Job):
         transcript: Transcript,
         emit: Callable[[Event], None],
         seconds: float,
+        owner: str = "",
+        entries: int = 0,
     ) -> None:
         """Continue [memory | prefix, compressed | ids].
 
         Args:
             ids: tokens to be read uncompressed.
             memory: what was stored.
+            unread: tokens of stored memories before it, which are out of reach.
             prefix: the text between them, to be compressed.
             prefix_options: how.
             max_new_tokens: at most so many.
@@ -111,24 +132,29 @@ class Generation(Job):
             transcript: how they become text, and where it ends.
             emit: see `Job`.
             seconds: see `Job`.
+            owner: see `Job`.
+            entries: see `Job`.
         """
-        super().__init__(emit, seconds, len(prefix) // CHARS_PER_TOKEN + len(ids))
+        super().__init__(emit, seconds, len(prefix) // CHARS_PER_TOKEN + len(ids), owner, entries)
         self.role: Role = "base"
         self.cache: RowCache = HeadwiseCache()
         self.position = self.token = 0
         self.max_new_tokens, self.done = max_new_tokens, False
-        self._ids, self._memory, self._prefix, self._prefix_options = ids, memory, prefix, prefix_options
+        self._ids, self._memory, self._unread = ids, memory, unread
+        self._prefix, self._prefix_options = prefix, prefix_options
         self._ends, self._sampler, self._transcript = ends, sampler, transcript
 
     def work(self, model: Network) -> Work:
         """Read the context; the first token of the answer is chosen at its end."""
-        memory, stored = self._memory, 0 if self._memory is None else self._memory.num_tokens
+        memory, self._memory = self._memory, None  # its states are in the cache soon; nobody else may need it
+        stored = self._unread + (0 if memory is None else memory.num_tokens)
         if self._prefix and self._prefix_options is not None:
             made = yield from compress(model, self._prefix, self._prefix_options)
             memory = made if memory is None else consecutive(model, [memory, made])
-        unread = self._open(model, memory)
+        unread = self._unread + self._open(model, memory)
         nuggets, whole = 0 if memory is None else memory.num_nuggets, len(self._ids)
-        tokens = (0 if memory is None else memory.num_tokens) + whole
+        tokens = self._unread + (0 if memory is None else memory.num_tokens) + whole
+        del memory
         self.emit(ContextSize(tokens, stored, nuggets, whole, unread))
         prompt = self._embeds
         logits = torch.empty(0)

@@ -4,8 +4,10 @@ import asyncio
 
 from starlette.types import Message, Receive, Send
 
-from nugget2d.server.api_errors import APIError
+from nugget2d.errors import NuggetError
+from nugget2d.server.api_errors import APIError, api_error
 from nugget2d.server.context import CLIENT_LEFT, RequestContext
+from nugget2d.server.costs import BODY
 
 
 class Incoming:
@@ -15,33 +17,36 @@ class Incoming:
         gone: the client has left. Known from the end of the body on; before it, `receive` raises.
     """
 
-    def __init__(self, receive: Receive, length: str, *, most: int, seconds: float) -> None:
-        """At most `most` bytes, `length` by the client's word, in so many `seconds` from the first to the last."""
+    def __init__(self, receive: Receive, context: RequestContext, length: str, *, most: int) -> None:
+        """At most `most` bytes, `length` by the client's word, in the time and the memory that the request has."""
         self.gone = asyncio.Event()
-        self._receive, self._length, self._most, self._seconds = receive, length, most, seconds
-        self._size, self._end = 0, 0.0
+        self._receive, self._context, self._length, self._most = receive, context, length, most
+        self._size = 0
         self._watching: asyncio.Task[None] | None = None
 
     async def receive(self) -> Message:
         """More of the body; after all of it, that the client has left, once that is so.
 
         Raises:
-            APIError: it is too large, it takes too long, or the client leaves in the middle.
+            APIError: it is too large, too little memory is left for it, it takes too long, or the client leaves in
+                the middle.
         """
         if self._watching is not None:
             await self.gone.wait()
             return {"type": "http.disconnect"}
-        now = asyncio.get_running_loop().time()
-        self._end = self._end or now + self._seconds
         self._bound(int(self._length) if self._length.isdecimal() else 0)
         try:
-            message = await asyncio.wait_for(self._receive(), self._end - now)
+            message = await asyncio.wait_for(self._receive(), self._context.left)
         except asyncio.TimeoutError as error:
             raise APIError(408, "the request did not arrive in time", "time_limit") from error
         if message["type"] == "http.disconnect":
             raise APIError(CLIENT_LEFT, "the client left")
         self._size += len(message.get("body", b""))
         self._bound(self._size)
+        try:
+            self._context.held.take(BODY * len(message.get("body", b"")))
+        except NuggetError as error:  # FastAPI would hide it
+            raise api_error(error) from error
         if not message.get("more_body", False):
             self._watching = asyncio.ensure_future(self._watch())
         return message

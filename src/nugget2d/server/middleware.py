@@ -14,6 +14,7 @@ from nugget2d.errors import ShutdownError
 from nugget2d.server.api_errors import APIError, api_error
 from nugget2d.server.browsers import refuse_strangers
 from nugget2d.server.context import RequestContext, log
+from nugget2d.server.limits import Room
 from nugget2d.server.messages import Incoming, Outgoing
 from nugget2d.server.metrics import Metrics
 from nugget2d.server.settings import Keys, Settings
@@ -24,9 +25,9 @@ PRIVATE = "/v1/"
 class Middleware:
     """An ASGI application around another."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, keys: Keys, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, keys: Keys, metrics: Metrics, room: Room) -> None:
         """See the module."""
-        self._app, self._settings, self._keys, self._metrics = app, settings, keys, metrics
+        self._app, self._settings, self._keys, self._metrics, self._room = app, settings, keys, metrics, room
         self._ended = asyncio.Event()
 
     def end(self) -> None:
@@ -40,7 +41,7 @@ class Middleware:
             return
         headers, method = Headers(scope=scope), scope["method"]
         owner = self._keys.owner(headers.get("authorization", ""))
-        context = RequestContext(owner or "")
+        context = RequestContext(owner or "", self._settings.seconds, self._room.share())
         # the server sends no body where it was asked by HEAD; its own scope keeps that method
         scope = {**scope, "nugget2d.context": context, "method": "GET" if method == "HEAD" else method}
         outgoing = Outgoing(send, context)
@@ -48,16 +49,15 @@ class Middleware:
             refuse_strangers(headers, self._settings)
             if owner is None and scope["path"].startswith(PRIVATE):
                 raise APIError(401, "no valid API key: send the header 'Authorization: Bearer KEY'", "invalid_api_key")
-            settings = self._settings
             length = headers.get("content-length", "")
-            incoming = Incoming(receive, length, most=settings.max_bytes, seconds=settings.seconds)
+            incoming = Incoming(receive, context, length, most=self._settings.max_bytes)
             await self._serve(scope, incoming, outgoing)
         except (APIError, ShutdownError) as error:
             await outgoing.fail(api_error(error))
         except Exception:  # the client has its error already; the reason is for the operator
             context.metrics["error"] = traceback.format_exc()
         finally:
-            context.ending.close()
+            context.end()
             self._report(scope, method, context)
 
     async def _serve(self, scope: Scope, incoming: Incoming, outgoing: Outgoing) -> None:

@@ -13,6 +13,7 @@ import uvicorn
 from nugget2d.errors import ContextWarning, InputError
 from nugget2d.model import Nugget2D
 from nugget2d.server.app import make_app
+from nugget2d.server.connections import IDLE_SECONDS, FailureLog, GuardedProtocol, max_connections
 from nugget2d.server.context import log
 from nugget2d.server.metrics import Metrics
 from nugget2d.server.service import Service
@@ -33,7 +34,7 @@ def serve(model: Nugget2D, store: MemoryStore, settings: Settings, keys: Keys, l
         keys: who may ask.
         listener: from `listen`.
     """
-    service = Service(model, store, settings, Metrics())
+    service = Service(model, store, settings, Metrics(), several_keys=keys.several)
     warnings.simplefilter("ignore", ContextWarning)  # the client is told, in its usage
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises a signal once more when it is through with it: by then it means nothing
@@ -51,20 +52,32 @@ def serve(model: Nugget2D, store: MemoryStore, settings: Settings, keys: Keys, l
 
 
 class Server(uvicorn.Server):
-    """uvicorn, serving a service; it tells requests when the grace is over, where uvicorn would only cut them off."""
+    """uvicorn, serving a service within its limits.
+
+    It tells requests when the grace is over, where uvicorn would only cut them off.
+    """
 
     def __init__(self, service: Service, keys: Keys) -> None:
         """See `serve`."""
         self._app, self._grace = make_app(service, keys), service.settings.grace
         config = uvicorn.Config(
             self._app,
+            http=GuardedProtocol,
             log_config=None,  # context.py logs
             access_log=False,
             server_header=False,
             lifespan="off",
+            backlog=128,  # asyncio tries as often before it waits, where there are no file descriptors left
+            limit_concurrency=max_connections(),
+            timeout_keep_alive=IDLE_SECONDS,
             timeout_graceful_shutdown=round(self._grace) + FAREWELL,
         )
         super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start; failures of the event loop go to the log, each kind now and then."""
+        asyncio.get_running_loop().set_exception_handler(FailureLog())
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End, when requests have ended."""

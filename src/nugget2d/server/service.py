@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -19,19 +20,21 @@ from nugget2d.methods.options import CompressOptions
 from nugget2d.model import Nugget2D
 from nugget2d.server.compression import consecutive
 from nugget2d.server.context import RequestContext
+from nugget2d.server.costs import PIECE, ROW, TOKENIZED, Costs, count_tokens
 from nugget2d.server.engine import Engine
 from nugget2d.server.events import Event, Failed, Finished, Made
 from nugget2d.server.fitting import Prompt, fit_around_context, fit_conversation, fit_text
-from nugget2d.server.jobs import Compression, Generation, Job
+from nugget2d.server.jobs import Compression, Generation, Job, too_late
+from nugget2d.server.limits import Quota, Room
+from nugget2d.server.loading import Loader
 from nugget2d.server.metrics import Metrics
 from nugget2d.server.schemas import MemoryRequest
 from nugget2d.server.settings import Settings
 from nugget2d.store import MemoryStore, Record
 from nugget2d.store.record import record_id
 from nugget2d.text.detokenizer import Transcript
-from nugget2d.text.segmentation import tokenize
 
-THREADS = 4  # texts that are tokenized or files that are read at once
+THREADS = 2  # of each kind of work
 
 T = TypeVar("T")
 Emit = Callable[[Event], None]
@@ -55,11 +58,43 @@ class Question:
     sampler: Sampler
     stop: Sequence[str]
 
+    @property
+    def texts(self) -> list[str]:
+        """What the prompt is made of."""
+        return [self.prompt] if isinstance(self.prompt, str) else [message.text for message in self.prompt]
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """What the model reads for a question: the memory, and a prompt after it.
+
+    Attributes:
+        prompt: see there.
+        stop: strings that end the answer, besides the question's own.
+        memory: what is read before it.
+        unread: tokens of other memories before that one.
+        entries: of a cache for all that and the answer.
+    """
+
+    prompt: Prompt
+    stop: Sequence[str]
+    memory: Memory | None
+    unread: int
+    entries: int
+
 
 class Service:
     """One model, one store, one engine."""
 
-    def __init__(self, model: Nugget2D, store: MemoryStore, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        model: Nugget2D,
+        store: MemoryStore,
+        settings: Settings,
+        metrics: Metrics,
+        *,
+        several_keys: bool = False,
+    ) -> None:
         """Start the engine; `close` ends it."""
         self.settings, self.metrics, self.store = settings, metrics, store
         # the same weights under the public name, so that errors reveal no folder; and if `max_context` exceeds the
@@ -68,9 +103,20 @@ class Service:
         self._model = copy.copy(model)
         self._model.config = model.config.model_copy(update=changes)
         self._local = threading.local()
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="nugget2d-text")
+        # lists and records wait for no text or file, and short texts for no long one
+        self._light, self._short, self._long = (
+            ThreadPoolExecutor(THREADS, thread_name_prefix=f"nugget2d-{kind}") for kind in ("light", "short", "long")
+        )
+        self._loader, self._quota = Loader(store), Quota(settings.max_stored)
+        self.room = Room(settings.max_memory // 2)
+        self._costs = Costs.of(self._model)  # before the engine has the model
         self.engine = Engine(
-            self._model, max_num_seqs=settings.max_num_seqs, queue=settings.queue, on_step=metrics.batch.observe
+            self._model,
+            max_num_seqs=settings.max_num_seqs,
+            queue=settings.queue,
+            several_keys=several_keys,
+            max_entries=settings.max_memory // 2 // self._costs.token,
+            on_step=metrics.batch.observe,
         )
         self._ends = stop_tokens(model.lm.generation_config, model.tokenizer)
         metrics.waiting.set_function(lambda: self.engine.num_waiting)
@@ -79,11 +125,12 @@ class Service:
     def close(self) -> None:
         """Fail what is not done."""
         self.engine.close()
-        self._threads.shutdown()
+        for threads in (self._light, self._short, self._long):
+            threads.shutdown()
 
     async def in_thread(self, call: Callable[[], T]) -> T:
-        """What `call` returns, without holding up the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        """What `call` returns, without holding up the event loop, for what is over soon."""
+        return await asyncio.get_running_loop().run_in_executor(self._light, call)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -99,36 +146,37 @@ class Service:
 
         Raises:
             InputError: a text without tokens.
-            OverloadError, ShutdownError, TimeLimitError: see `Engine`.
+            LimitError: a text or a memory that is too large, alone or with what its owner keeps already.
+            OverloadError, ShutdownError, TimeLimitError: see `Engine`; too little memory is left by others.
             OutputError, StoreError: see `MemoryStore.put`.
         """
-        self.engine.require_room()
+        leave = self._enter(context)
         given = self._budget(request)
         if doubled := [name for name in request.options if name in given]:
             raise InputError(f"{', '.join(doubled)} in options: these have fields of their own beside it")
         settings = CompressOptions.of(self._model, **given, **request.options)
 
-        def begin() -> tuple[str, Record | None]:
+        def begin() -> tuple[str, Record | None, int]:
             key = settings.address(request.text, self._model)
             with suppress(UnknownMemoryError):
-                return key, self.store.record(record_id(key, context.owner), owner=context.owner)
-            return key, None
+                return key, self.store.record(record_id(key, context.owner), owner=context.owner), 0
+            return key, None, self._begin(context, request.text, settings)
 
-        key, known = await self.in_thread(begin)
+        chars = len(request.text)
+        key, known, size = await self._work(context, chars, begin)
         if known is not None:
             return known
-        size = await self.in_thread(lambda: len(tokenize(self.tokenizer, request.text)[0]))
-        if not size:
-            raise InputError("the text is empty; there is nothing to compress")
 
         def job(emit: Emit) -> Job:
-            return Compression(request.text, size, settings, emit=emit, seconds=self.settings.seconds)
+            return Compression(request.text, size, settings, emit=emit, seconds=context.left, owner=context.owner)
 
-        async for event in self._events(context, job):
+        async for event in self._events(context, job, leave):
             if isinstance(event, Made):
                 memory = event.memory
         context.metrics |= {"tokens": memory.num_tokens, "nuggets": memory.num_nuggets}
-        return await self.in_thread(
+        return await self._work(
+            context,
+            chars,
             lambda: self.store.put(
                 memory,
                 model=self._model,
@@ -138,7 +186,7 @@ class Service:
                 owner=context.owner,
                 settings=settings,
                 text=request.text,
-            )
+            ),
         )
 
     async def ask(self, context: RequestContext, question: Question) -> AsyncIterator[Event]:
@@ -148,47 +196,132 @@ class Service:
             InputError: nothing to continue, a text that cannot be tokenized, messages that the chat template refuses
                 or that are too long for it, more positions than the model has.
             UnknownMemoryError, MismatchError: a memory that is not there, or not for this model.
-            OverloadError, ShutdownError, TimeLimitError: see `Engine`.
+            LimitError: texts or memories that are too large.
+            OverloadError, ShutdownError, TimeLimitError: see `Engine`; too little memory is left by others.
         """
-        self.engine.require_room()
-        prompt, stop, memory = await self.in_thread(lambda: self._read(context.owner, question))
+        leave = self._enter(context)
+        async for event in self._events(context, await self._question(context, question), leave):
+            yield event
+
+    async def _question(self, context: RequestContext, question: Question) -> Callable[[Emit], Job]:
+        """What makes the job of a question; nothing else holds its memory."""
+        reading = await self._work(context, sum(map(len, question.texts)), lambda: self._read(context, question))
+        prompt, stop = reading.prompt, reading.stop
 
         def job(emit: Emit) -> Job:
             return Generation(
                 prompt.ids,
-                memory=memory,
+                memory=reading.memory,
+                unread=reading.unread,
                 prefix=prompt.prefix,
-                prefix_options=self._prefix_options(memory) if prompt.prefix else None,
+                prefix_options=self._prefix_options(reading.memory) if prompt.prefix else None,
                 max_new_tokens=question.max_tokens,
                 ends=self._ends,
                 sampler=question.sampler,
                 transcript=Transcript(self._model.tokenizer, [*question.stop, *stop]),
                 emit=emit,
-                seconds=self.settings.seconds,
+                seconds=context.left,
+                owner=context.owner,
+                entries=reading.entries,
             )
 
-        async for event in self._events(context, job):
-            yield event
+        return job
 
-    def _read(self, owner: str, question: Question) -> tuple[Prompt, Sequence[str], Memory | None]:
-        """What the model will read, the strings that end its answer, and the memory before it."""
+    def _enter(self, context: RequestContext) -> Callable[[], None]:
+        """A place for a request; what is returned gives it back before its end."""
+        leave = self.engine.enter(context.owner)
+        context.at_end(leave)
+        return leave
+
+    async def _work(self, context: RequestContext, chars: int, call: Callable[[], T]) -> T:
+        """What `call` makes of so many characters, in a thread; not begun if the request is over by then.
+
+        Raises:
+            TimeLimitError: the request has no time left.
+        """
+
+        def work() -> T:
+            self._require_time(context)
+            return call()
+
+        try:
+            threads = self._short if chars <= PIECE else self._long
+            working = asyncio.get_running_loop().run_in_executor(threads, work)
+            return await asyncio.wait_for(working, max(context.left, 0))
+        except asyncio.TimeoutError as error:
+            raise too_late() from error
+
+    def _require_time(self, context: RequestContext) -> None:
+        if context.over or context.left <= 0:
+            raise too_late()
+
+    def _count(self, context: RequestContext, texts: Sequence[str]) -> int:
+        """About how many tokens texts have; the request holds what they take."""
+        tokens = count_tokens(self.tokenizer, texts, self.settings.max_input, lambda: self._require_time(context))
+        context.held.take(TOKENIZED * tokens)
+        return tokens
+
+    def _begin(self, context: RequestContext, text: str, settings: CompressOptions) -> int:
+        """The tokens of a text that will be compressed; the request holds what it will take."""
+        tokens = self._count(context, [text])
+        if not tokens:
+            raise InputError("the text is empty; there is nothing to compress")
+        made = self._costs.memory(self._model, settings, tokens)
+        context.held.take(self._costs.compression(made, tokens))
+        owner = context.owner
+        stored = lambda: sum(record.nbytes for record in self.store.records(owner=owner))  # noqa: E731 - one argument
+        context.at_end(self._quota.take(owner, made, stored))
+        return tokens
+
+    def _load(self, context: RequestContext, ids: Sequence[str]) -> tuple[Memory | None, int]:
+        """The memories of these ids as one, and the tokens of those at the beginning that are out of the model's reach.
+
+        The request holds what they take.
+        """
+        records = [self.store.record(memory_id, owner=context.owner) for memory_id in ids]
+        tokens = [record.num_tokens for record in records]
+        first = len(records)
+        while first and sum(tokens[first:]) < self._costs.context:
+            first -= 1
+        records, unread = records[first:], sum(tokens[:first])
+        nbytes = sum({record.key: record.nbytes for record in records}.values())
+        if len(records) > 1:  # they are copied, perhaps in another dtype
+            nbytes += sum(max(record.nbytes, record.num_nuggets * self._costs.token) for record in records)
+        context.held.take(nbytes)
+        context.memories = [self._loader.get(record) for record in records]
+        return consecutive(self._model, context.memories) if records else None, unread
+
+    def _read(self, context: RequestContext, question: Question) -> _Reading:
+        """What the model will read for a question."""
         if not question.memory_ids and not question.prompt:
             raise InputError("nothing to continue: give a prompt or memory_ids")
-        memories = [self.store.get(memory_id, owner=owner) for memory_id in question.memory_ids]
-        memory = consecutive(self._model, memories) if memories else None
+        tokens = self._count(context, question.texts)
+        memory, unread = self._load(context, question.memory_ids)
+        prompt, stop = self._fit(question, memory)
+        nuggets, compressed = 0 if memory is None else memory.num_nuggets, max(0, tokens - len(prompt.ids))
+        if prompt.prefix:
+            kept = ceil(compressed / self.settings.ratio)
+            context.held.take(self._costs.compression(kept * self._costs.token, compressed))
+            nuggets += kept
+        entries = self._costs.entries(nuggets, len(prompt.ids) + question.max_tokens)
+        context.held.take(ROW * entries * self._costs.token)
+        return _Reading(prompt, stop, memory, unread, entries)
+
+    def _fit(self, question: Question, memory: Memory | None) -> tuple[Prompt, Sequence[str]]:
+        """A prompt as the model reads it after a memory, and the strings that end its answer."""
         tokenizer, limit, window = self.tokenizer, self._limit(question), self._model.config.window
         text, stop = question.prompt, list[str]()
         if not isinstance(text, str):
             if memory is not None and memory.method.config.get("chat"):
-                return fit_around_context(tokenizer, text, limit, memory.kv.prefix_ids), stop, memory
+                return fit_around_context(tokenizer, text, limit, memory.kv.prefix_ids), stop
             if tokenizer.chat_template:
-                return fit_conversation(tokenizer, text, limit, window), stop, memory
+                return fit_conversation(tokenizer, text, limit, window), stop
             text, stop = plain_text(text), [PLAIN_STOP]
         prompt = fit_text(tokenizer, text, limit, window, after=memory is not None)
         if memory is None and not prompt.prefix:  # plain language modelling
             start = [] if self._model.start_token is None else [self._model.start_token]
             prompt = Prompt("", prompt.ids if prompt.ids[:1] == start else [*start, *prompt.ids])
-        return prompt, stop, memory
+        return prompt, stop
 
     def _budget(self, request: MemoryRequest) -> dict[str, Any]:
         """Method and budget of a request; without a budget the server's ratio."""
@@ -212,8 +345,10 @@ class Service:
             raise InputError(f"max_tokens leaves no room for a prompt: the model has {model.max_positions} positions")
         return limit
 
-    async def _events(self, context: RequestContext, make: Callable[[Emit], Job]) -> AsyncIterator[Event]:
-        """Run a job; it is cancelled when the request is over."""
+    async def _events(
+        self, context: RequestContext, make: Callable[[Emit], Job], leave: Callable[[], None]
+    ) -> AsyncIterator[Event]:
+        """Run a job, and `leave` its place; it is cancelled when the request is over."""
         loop = asyncio.get_running_loop()
         # unbounded: an answer has max_tokens events at most, and the engine must never wait for a reader
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -223,10 +358,16 @@ class Service:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         job = make(emit)
-        context.ending.callback(job.cancel)
+        del make  # and the memory with it
+        context.at_end(job.cancel)
+        # the engine may be in the middle of a long step
+        late = loop.call_later(context.left, events.put_nowait, Failed(too_late()))
+        context.at_end(late.cancel)
         self.engine.submit(job)
         while True:
             event = await events.get()
+            if isinstance(event, (Failed, Finished, Made)):
+                leave()  # before the client knows
             if isinstance(event, Failed):
                 raise event.error
             yield event

@@ -8,6 +8,7 @@ from ipaddress import ip_address
 from pydantic import Field
 
 from nugget2d.config import Frozen
+from nugget2d.server.limits import default_memory
 
 NAME = r"\[[0-9a-f:.]+\]|[^\s:/?#@*\[\]]+"  # of a host, in lower case: a pattern
 
@@ -24,6 +25,10 @@ class Settings(Frozen):
         queue: requests that wait for a sequence slot; more are refused (429).
         seconds: a request may take; it fails after that (504).
         max_bytes: of a request (413).
+        max_input: tokens of a request's texts, compressed or not (413).
+        max_memory: bytes that all requests may hold together: half of them in caches of running answers, half in all
+            else, above all bodies and memories; 413 for a request that is too large for it, 429 while others hold it.
+        max_stored: bytes of memories that an owner may keep (413); None is no limit.
         grace: seconds that running requests get at shutdown.
         host: the address it listens on.
         allow_hosts: names besides loopback's by which it may be asked, and whose pages may ask it.
@@ -37,6 +42,9 @@ class Settings(Frozen):
     queue: int = Field(default=64, ge=0)
     seconds: float = Field(default=120, gt=0)
     max_bytes: int = Field(default=16 << 20, ge=1024)
+    max_input: int = Field(default=1 << 17, ge=8)
+    max_memory: int = Field(default_factory=default_memory, ge=1 << 20)
+    max_stored: int | None = Field(default=None, ge=0)
     grace: float = Field(default=30, ge=0)
     host: str = "127.0.0.1"
     allow_hosts: tuple[str, ...] = ()
@@ -59,6 +67,11 @@ class Keys:
     def asked(self) -> bool:
         """Whether there are any."""
         return bool(self._owners)
+
+    @property
+    def several(self) -> bool:
+        """Whether there are owners to be told apart."""
+        return len(set(self._owners)) > 1
 
     def owner(self, authorization: str) -> str | None:
         """The owner that an Authorization header (read as Latin-1) identifies; None if the key is unknown.
