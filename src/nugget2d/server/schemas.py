@@ -13,6 +13,7 @@ from pydantic import (
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -48,14 +49,28 @@ NoList = Neutral[Annotated[list[Any], Field(max_length=0)]]
 NoDict = Neutral[Annotated[dict[str, Any], Field(max_length=0)]]
 
 
-class StreamOptions(Frozen):
+class Sent(Frozen):
+    """What a client sends."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, fields: Any) -> Any:
+        """Of unknown fields the first is kept, for its error: errors for thousands would take long."""
+        if not isinstance(fields, dict):
+            return fields
+        known = {name: value for name, value in fields.items() if name in cls.model_fields}
+        unknown = next((name for name in fields if name not in known), None)
+        return known if unknown is None else known | {unknown: fields[unknown]}
+
+
+class StreamOptions(Sent):
     """What a stream brings besides text."""
 
     include_usage: bool | None = None
     include_obfuscation: Neutral[Literal[False]] = None
 
 
-class Generating(Frozen):
+class Generating(Sent):
     """What completions and chat have in common.
 
     Attributes:
@@ -111,7 +126,7 @@ class CompletionRequest(Generating):
         return self.prompt[0] if isinstance(self.prompt, list) else self.prompt or ""
 
 
-class ContentPart(Frozen):
+class ContentPart(Sent):
     """A part of a message; only text."""
 
     type: Literal["text"]
@@ -119,7 +134,7 @@ class ContentPart(Frozen):
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
-class ChatMessage(Frozen):
+class ChatMessage(Sent):
     """One turn; `name` is ignored."""
 
     role: Literal["system", "developer", "user"]
@@ -127,7 +142,7 @@ class ChatMessage(Frozen):
     name: str | None = None
 
 
-class AssistantMessage(Frozen):
+class AssistantMessage(Sent):
     """A turn of the model's own, with the fields that an earlier answer had; without content it is empty."""
 
     role: Literal["assistant"]
@@ -146,7 +161,7 @@ def message_text(message: ChatMessage | AssistantMessage) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
-class TextFormat(Frozen):
+class TextFormat(Sent):
     """The answer as it comes."""
 
     type: Literal["text"]
@@ -189,7 +204,7 @@ class ChatRequest(Generating):
     web_search_options: Neutral[None] = None
 
 
-class MemoryRequest(Frozen):
+class MemoryRequest(Sent):
     """`POST /v1/memories`: compress `text`.
 
     Attributes:
