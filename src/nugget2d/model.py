@@ -321,12 +321,17 @@ class Nugget2D(Network):
             memory: the compressed context.
             max_new_tokens: at most so many tokens.
             stream: return an iterator over parts of the text instead of one string.
-            options: passed to transformers' `generate` (do_sample, temperature, top_p, num_beams, ...). With
-                num_return_sequences the result is a list of so many strings.
+            options: of transformers' `generate`, those that hold with a memory (do_sample, temperature, top_p,
+                num_beams, repetition_penalty, ...; all are in `inference.options.GenerationOptions`). What is left out
+                is neutral: greedy, without penalties, whatever the LM's generation_config says; of that only the end
+                tokens are used. Options that look at tokens (repetition_penalty, no_repeat_ngram_size, stop_strings)
+                look at those of the answer. With num_return_sequences the result is a list of so many strings.
 
         Raises:
-            InputError: neither prompt nor memory, max_new_tokens below 1, or more positions than the model has.
+            InputError: neither prompt nor memory, max_new_tokens below 1, more positions than the model has, or an
+                option that is unknown, out of range or refused.
             MismatchError: the memory was made by another model.
+            ModelError: the LM's output is not a number.
         """
         return generation.generate(self, prompt, memory, max_new_tokens, stream, options)
 

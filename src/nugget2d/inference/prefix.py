@@ -24,6 +24,7 @@ from nugget2d.modeling.headwise import HeadwiseCache, HeadwiseStates
 from nugget2d.modeling.headwise_attention import headwise_attention
 from nugget2d.modeling.network import Network
 from nugget2d.modeling.parameters import Role
+from nugget2d.text.segmentation import require_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +92,7 @@ def prompt_ids(model: Network, memory: Memory | None, prompt: str | Sequence[int
     chat template continues. Ids, e.g. of `prompting.split_around`, are taken as they are.
 
     Raises:
-        InputError: the chat template cannot be put around that question.
+        InputError: the chat template cannot be put around that question; ids that are no tokens of this model.
     """
     if isinstance(prompt, str):
         if memory is None:
@@ -100,7 +101,8 @@ def prompt_ids(model: Network, memory: Memory | None, prompt: str | Sequence[int
         if not memory.method.config.get("chat"):
             return model.ids_after(prompt)
         prompt = around_context(model.tokenizer, [Message("user", prompt)], memory.kv.prefix_ids)
-    return torch.tensor([list(prompt)], dtype=torch.long, device=model.device)
+    ids = require_tokens(prompt, model.lm.config.vocab_size)
+    return torch.tensor([ids], dtype=torch.long, device=model.device)
 
 
 @torch.no_grad()

@@ -11,6 +11,11 @@ from nugget2d.errors import InputError, ModelError
 # Temperatures below it take the likeliest token: dividing by them would leave float32's range.
 GREEDY_BELOW = 1e-5
 
+NO_PROBABILITIES = (
+    "the model gives no probabilities (its output is not a number): the memory it reads is damaged, or its numbers "
+    "overflow; compress the text again, or use float32"
+)
+
 
 @dataclass(eq=False)
 class Sampler:
@@ -49,10 +54,7 @@ class Sampler:
         logits = logits.detach().cpu().double()
         best = logits.max()  # NaN if any is
         if best.isnan() or best == -torch.inf:
-            raise ModelError(
-                "the model gives no probabilities (its output is not a number): the memory it reads is damaged, or its "
-                "numbers overflow; compress the text again, or use float32"
-            )
+            raise ModelError(NO_PROBABILITIES)
         if self.temperature < GREEDY_BELOW:
             return int(logits.argmax())
         # the maximum becomes 0: nothing overflows, and infinite logits are equally likely

@@ -24,6 +24,7 @@ from nugget2d.streaming.feed import TextFeed
 from nugget2d.streaming.past import Past
 from nugget2d.streaming.window import Window
 from nugget2d.text.detokenizer import IncrementalDetokenizer
+from nugget2d.text.segmentation import require_tokens
 
 DEFAULT_RATIO = 10.0
 
@@ -222,11 +223,7 @@ class Stream:
         """Ids to read now."""
         if isinstance(tokens, str):
             return self._feed.push(tokens)
-        ids = tokens.flatten().tolist() if isinstance(tokens, Tensor) else list(tokens)
-        size = self._model.lm.config.vocab_size
-        for index, token in enumerate(ids):
-            if not isinstance(token, int) or not 0 <= token < size:
-                raise InputError(f"token {index} is {token!r}: tokens of this model are integers from 0 to {size - 1}")
+        ids = require_tokens(tokens, self._model.lm.config.vocab_size)
         return [*self._feed.flush(), *ids]
 
     def _finish(self) -> None:

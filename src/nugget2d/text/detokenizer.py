@@ -56,12 +56,6 @@ class IncrementalDetokenizer:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def detokenize_answer(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
-    """The text of all `ids`, as an `IncrementalDetokenizer` returns it."""
-    detokenizer = IncrementalDetokenizer(tokenizer)
-    return "".join([*map(detokenizer.push, ids), detokenizer.finish()])
-
-
 class StopStrings:
     """Ends a text before the first of some strings; an end that one of them could begin with is held back.
 
@@ -117,6 +111,12 @@ class Transcript:
     def finish(self) -> str:
         """The rest, after the last token."""
         return self._stop.push(self._detokenizer.finish()) + self._stop.finish()
+
+
+def detokenize_answer(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], stop: Sequence[str] = ()) -> str:
+    """The text of all `ids`, as a `Transcript` returns it."""
+    transcript = Transcript(tokenizer, stop)
+    return "".join([*map(transcript.push, ids), transcript.finish()])
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -1,10 +1,12 @@
 """Tokenization, and the segmentation of long texts into lengths that a model was trained on."""
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import cast
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nugget2d.errors import InputError
@@ -63,6 +65,25 @@ def require_utf8(text: str) -> None:
             f"the text has a lone surrogate at character {error.start}, which UTF-8 cannot hold; "
             "decode the source with the right encoding"
         ) from error
+
+
+def require_tokens(tokens: Sequence[int] | Tensor, size: int) -> list[int]:
+    """`tokens` as a list.
+
+    Args:
+        tokens: ids, in any sequence.
+        size: of the LM's vocabulary.
+
+    Raises:
+        InputError: it is no sequence, or one of them is no id.
+    """
+    if isinstance(tokens, bytes) or not isinstance(tokens, Iterable):
+        raise InputError(f"expected a text or a sequence of token ids, got {type(tokens).__name__}")
+    ids = tokens.flatten().tolist() if isinstance(tokens, Tensor) else list(tokens)
+    for index, token in enumerate(ids):
+        if not isinstance(token, Integral) or not 0 <= token < size:
+            raise InputError(f"token {index} is {token!r:.60}: tokens of this model are integers from 0 to {size - 1}")
+    return [int(token) for token in ids]
 
 
 def detokenize(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
