@@ -184,6 +184,15 @@ def test_sampling_repeats_with_its_seed(memories: Path) -> None:
     assert first == again != other
 
 
+@pytest.mark.parametrize("temperature", ["1e-320", "1e-46", "1e-40"])
+def test_tiny_temperatures_are_greedy(model: str, memories: Path, temperature: str) -> None:
+    generate = ["generate", memories / "plain.nugget", "--prompt", "The keeper", "--max-new-tokens", 8]
+    chat = ["chat", "--model", model, "--recent-window", 20, "--max-new-tokens", 8]
+    for arguments in (generate, chat):
+        wanted = run(*arguments, stdin="The lamp\n").stdout_bytes
+        assert run(*arguments, "--temperature", temperature, stdin="The lamp\n").stdout_bytes == wanted
+
+
 @pytest.mark.parametrize("temperature", ["-1", "nan", "inf"])
 def test_wrong_temperature(memories: Path, temperature: str) -> None:
     fails("generate", memories / "plain.nugget", "--prompt", "a", "--temperature", temperature, saying="temperature")

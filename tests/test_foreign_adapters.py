@@ -12,6 +12,7 @@ import tiny
 from nugget2d import Nugget2D
 from nugget2d.errors import InputError, ModelError
 from nugget2d.inspection.doctor import examine
+from nugget2d.integrations.transformers import register
 
 CONFIG = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 REMEDY = r"peft adapter.*merge_and_unload\(\)\.save_pretrained"
@@ -90,6 +91,12 @@ def prompt_tuned(base: Path) -> peft.PeftModel:
     return peft.get_peft_model(lm, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
 
+def inside_attention(base: Path) -> hf.PreTrainedModel:
+    lm = hf.AutoModelForCausalLM.from_pretrained(base)
+    config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1)
+    return peft.get_peft_model(lm, config).get_base_model()
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -98,9 +105,10 @@ def prompt_tuned(base: Path) -> peft.PeftModel:
         prompt_tuned,
         injected,
         merged_but_not_unloaded,
+        inside_attention,
         lambda base: Nugget2D.from_base(base, lora_rank=2).lm,
     ],
-    ids=["PeftModel", "the LM in it", "prompt tuning", "injected", "merged", "our own"],
+    ids=["PeftModel", "the LM in it", "prompt tuning", "injected", "merged", "in attention", "our own"],
 )
 def test_objects_are_refused(base: Path, make) -> None:
     with pytest.raises(ModelError, match=REMEDY):
@@ -125,6 +133,21 @@ def test_the_remedy_works(adapter: Path, base: Path, tmp_path: Path) -> None:
         got = Nugget2D.from_pretrained(tmp_path / "merged").lm(ids).logits
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(got, plain, atol=1e-2)
+
+
+def test_a_pipeline_does_not_take_its_base(adapter: Path) -> None:
+    """transformers loads the base that an adapter names, and no more than its body."""
+    register()
+    with pytest.raises(ModelError, match=r"needs a Nugget2D.*LlamaModel.*Nugget2D\.from_pretrained"):
+        hf.pipeline("compressed-text-generation", model=str(adapter))
+
+
+def test_a_base_that_cannot_be_written_is_reported(base: Path, tmp_path: Path) -> None:
+    lm = hf.AutoModelForCausalLM.from_pretrained(base)
+    lm.generation_config.temperature = 0.5  # without do_sample, transformers refuses to write it
+    model = Nugget2D.from_base(lm, tiny.tokenizer(), adapters="copies")
+    with pytest.raises(InputError, match=r"does not write this LlamaForCausalLM[\s\S]*generation_config"):
+        model.save_pretrained(tmp_path / "m")
 
 
 def test_the_doctor_says_so(adapter: Path) -> None:

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from nugget2d.checkpoints.card import write_card
 from nugget2d.checkpoints.layout import (
@@ -68,7 +69,7 @@ def save(
         if adapters:
             write_adapters(folder, cast(Any, lm).peft_config, adapters, place)
         if record is None:
-            lm.save_pretrained(folder / BASE_FOLDER, state_dict=lm_state)
+            _save_lm(lm, folder / BASE_FOLDER, lm_state)
             (folder / BASE_FILE).unlink(missing_ok=True)
         else:
             (folder / BASE_FILE).write_text(record.model_dump_json(indent=2) + "\n")
@@ -115,8 +116,17 @@ def _save_plain(model: Network, folder: Path, state: dict[str, Tensor]) -> None:
     """An ordinary transformers folder."""
     if (folder / CONFIG_FILE).exists():
         raise OutputError(f"{folder} holds a compressor, which a plain LM would not replace; choose another folder")
-    model.lm.save_pretrained(folder, state_dict=state)
+    _save_lm(model.lm, folder, state)
     model.tokenizer.save_pretrained(folder)
+
+
+def _save_lm(lm: PreTrainedModel, folder: Path, state: dict[str, Tensor]) -> None:
+    try:
+        lm.save_pretrained(folder, state_dict=state)
+    except ValueError as error:
+        raise InputError(
+            f"transformers does not write this {type(lm).__name__}: {error}; correct its config or generation_config"
+        ) from error
 
 
 def _record_of(model: Network) -> BaseRecord:

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from transformers import Pipeline
 
-from nugget2d.errors import InputError
+from nugget2d.errors import InputError, ModelError
 from nugget2d.memory.memory import Memory
 from nugget2d.model import Nugget2D
 
@@ -29,6 +29,19 @@ class CompressedTextGeneration(Pipeline):
     _load_feature_extractor: Any = False
     _load_image_processor: Any = False
     _load_video_processor: Any = False
+
+    def __init__(self, model: Any, *arguments: Any, **options: Any) -> None:
+        """As any pipeline; of an adapter or a plain LM named by its folder, transformers loads the base for it.
+
+        Raises:
+            ModelError: the model is no Nugget2D.
+        """
+        if not isinstance(model, Nugget2D):
+            raise ModelError(
+                f"the pipeline {TASK} needs a Nugget2D, and transformers loads {type(model).__name__} here; give "
+                "model=Nugget2D.from_pretrained(...)"
+            )
+        super().__init__(model, *arguments, **options)
 
     def __call__(self, inputs: Any, *_: Any, **parameters: Any) -> Any:
         """Compress the contexts and continue each.

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from copy import copy
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel, TaskType
-from peft.tuners.tuners_utils import BaseTunerLayer
+import peft
+from peft import PeftConfig, TaskType
 from peft.utils import CONFIG_NAME as ADAPTER_FILE
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
@@ -37,7 +37,8 @@ def refuse_adapted(lm: nn.Module) -> None:
     Raises:
         ModelError: it does; the message names the remedy.
     """
-    if isinstance(lm, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in lm.modules()):
+    # some of peft's layers (AdaptedAttention) have no base class that says so
+    if any(type(module).__module__.split(".")[0] == peft.__name__ for module in lm.modules()):
         raise ModelError(f"this {type(lm).__name__} carries a peft adapter; {_REMEDY}")
 
 
