@@ -95,6 +95,33 @@ REORDERS = "{% for m in messages | reverse %}<s>{{ m.role }}: {{ m.content }}</s
 LOOKS_AT_SPECIAL = """\
 {% for m in messages %}{% if '</s>' in m.content %}ALARM{% endif %}<s>{{ m.content }}</s>{% endfor %}"""
 
+# what else templates can do to a message, or make depend on one
+ODD = {
+    name: "{% for m in messages %}<s>" + shown + "</s>{% endfor %}<s>assistant:"
+    for name, shown in {
+        "upper": "{{ m.content | upper }}",
+        "json": "{{ m | tojson }}",
+        "html": "{{ m.content | escape }}",
+        "truncates": "{{ m.content[:5] }}",
+        "counts": "({{ m.content | length }}) {{ m.content }}",
+        "counts words": "({{ m.content.split() | length }}) {{ m.content }}",
+        "replaces": "{{ m.content | replace('a', 'b') }}",
+        "reverses": "{{ m.content | reverse }}",
+        "strips": "{{ m.content.strip('</s> ') }}",
+        "wraps": "{{ m.content | wordwrap(10) }}",
+        "lists": "{{ [m.content] }}",
+        "looks at the first": "{% if m.content.startswith('<') %}!{% endif %}{{ m.content }}",
+        "looks at the length": "{% if m.content | length > 6 %}long {% endif %}{{ m.content }}",
+        "looks later": "{{ m.content }}{% if loop.index == 3 %}{{ messages[0].content | length }}{% endif %}",
+        "leaves out doubles": "{% if loop.first or m.content != messages[0].content %}{{ m.content }}{% endif %}",
+        "raises": "{% if 'x' in m.content %}{{ raise_exception('no x') }}{% endif %}{{ m.content }}",
+        "private use": "\ue000{{ m.content }}\ue001",
+        "splits": "{% for line in m.content.split('\n') %}{{ line }}</s><s>{% endfor %}",
+        "title": "{% if loop.first %}{{ m.content[:10] }}: {% endif %}{{ m.content }}",
+        "date": "{{ strftime_now('%Y') }}: {{ m.content }}",
+    }.items()
+}
+
 TEMPLATES = {
     "chatml": CHATML,
     "llama3": LLAMA3,

@@ -21,7 +21,8 @@ from nugget2d.text.special_tokens import Span, SpecialTokens, tokenize_part, unu
 
 # without a template, where the model would continue with the next question by itself
 PLAIN_STOP = "\nuser:"
-_STAND_IN = "x"
+# For a context that is not known here: long, so that a template that looks at it treats it otherwise than a mark.
+_STAND_IN = "something longer " * 80 + "x"
 # raised by a template itself, and by its expressions on messages that it does not expect
 _REFUSALS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
 
@@ -131,8 +132,8 @@ def around_context(
     split = split_around(tokenizer, [*messages[:index], asked, *messages[index + 1 :]], index, (0, len(_STAND_IN)))
     if split.before != list(prefix_ids):
         raise InputError(
-            "the memory was made for a conversation that begins otherwise (another system message, or none); leave the "
-            "system message out, or compress the text again without chat"
+            "the memory was made for a conversation that begins otherwise (another system message, or none, or another "
+            "date in the chat template); leave the system message out, or compress the text again"
         )
     return split.after
 
