@@ -100,7 +100,7 @@ def test_a_chat_after_a_memory_reads_as_the_whole_conversation_or_is_refused(nam
     tokenizer = templates.byte_level((templates.ODD | templates.TEMPLATES)[name])
 
     @settings(max_examples=20)  # of each template
-    @given(_texts.filter(bool), st.lists(_texts, min_size=1, max_size=3))
+    @given(_texts.map(str.strip).filter(bool), st.lists(_texts, min_size=1, max_size=3))
     def check(context: str, texts: list[str]) -> None:
         messages = conversation(texts, system=False)
         try:

@@ -41,7 +41,7 @@ class CompressedTextGeneration(Pipeline):
                 f"the pipeline {TASK} needs a Nugget2D, and transformers loads {type(model).__name__} here; give "
                 "model=Nugget2D.from_pretrained(...)"
             )
-        super().__init__(model, *arguments, **options)
+        super().__init__(cast(Any, model), *arguments, **options)
 
     def __call__(self, inputs: Any, *_: Any, **parameters: Any) -> Any:
         """Compress the contexts and continue each.

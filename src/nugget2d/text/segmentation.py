@@ -81,7 +81,7 @@ def require_tokens(tokens: Sequence[int] | Tensor, size: int) -> list[int]:
         raise InputError(f"expected a text or a sequence of token ids, got {type(tokens).__name__}")
     ids = tokens.flatten().tolist() if isinstance(tokens, Tensor) else list(tokens)
     for index, token in enumerate(ids):
-        if not isinstance(token, Integral) or not 0 <= token < size:
+        if not isinstance(token, Integral) or not 0 <= int(token) < size:
             raise InputError(f"token {index} is {token!r:.60}: tokens of this model are integers from 0 to {size - 1}")
     return [int(token) for token in ids]
 
