@@ -14,6 +14,7 @@ import tiny
 from nugget2d import Memory, Nugget2D
 from nugget2d.errors import InputError, MemoryFileError, MismatchError
 from nugget2d.inference.prefix import prefix
+from nugget2d.memory.header import KVPart
 from nugget2d.memory.kv import HeadSelection, KVPayload, join_kv
 from nugget2d.memory.memory import MethodRecord, ReaderSpec, Segment
 from nugget2d.memory.payload import EmbeddingsPayload, TextPayload
@@ -328,7 +329,7 @@ def test_joined_heads_are_the_heads_one_after_the_other(
 @given(st.integers(0, 2**31), st.integers(0, 2), st.integers(1, 3))
 def test_parts_give_the_payload_back(seed: int, prefix: int, segments: int) -> None:
     payload, _ = random_payload(random.Random(seed), segments=segments, prefix=prefix)
-    rebuilt = KVPayload.from_parts(payload.tensors(), payload.header())
+    rebuilt = KVPayload.from_parts(payload.tensors(), KVPart(**payload.header()))
     assert (rebuilt.head_counts, rebuilt.nbytes, rebuilt.count) == (payload.head_counts, payload.nbytes, payload.count)
 
 

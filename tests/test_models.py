@@ -259,7 +259,7 @@ def test_a_half_precision_model_works_throughout() -> None:
     model = tiny.trained("qwen2", "lora").to(torch.bfloat16)
     memory = model.compress(tiny.TEXT[:200], ratio=4)
     assert memory.dtype == "bfloat16"
-    assert memory.token_nbytes == sum(2 * 2 * heads * width for heads, width in model.kv_shape)
+    assert memory.token_nbytes == sum(2 * 2 * heads * width for heads, width in model.readable.kv_shape)
     assert isinstance(model.generate("The", memory=memory, max_new_tokens=4), str)
     assert model.score("The", memory=memory) > 0
     encoded = model.encode(tiny.random_ids(2, 20), [20, 12], [5, 3])

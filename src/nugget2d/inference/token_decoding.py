@@ -22,7 +22,11 @@ def decode_tokens(model: Network, memory: Memory) -> list[Tensor]:
     Args:
         model: the one that made the memory.
         memory: of any ratio; tokens further before their nugget than its heads reach are missing.
+
+    Raises:
+        MismatchError: another model made it.
     """
+    model.require(memory)
     if isinstance(memory.payload, TextPayload):
         return [model.ids(memory.payload.text)[0].cpu()]
     if isinstance(memory.payload, EmbeddingsPayload):

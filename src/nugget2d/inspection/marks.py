@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 
+from nugget2d.errors import InputError
 from nugget2d.inference.reconstruction import reconstruct_ids
 from nugget2d.memory.memory import Memory
 from nugget2d.model import Nugget2D
@@ -90,7 +91,11 @@ class Inspection:
 
 
 def inspect_text(model: Nugget2D, text: str, memory: Memory) -> Inspection:
-    """What `memory` kept of `text`, the text that `model` made it from."""
+    """What `memory` kept of `text`, the text that `model` made it from.
+
+    Raises:
+        InputError: `memory` has nuggets beyond the tokens of this text.
+    """
     ids = [tokenize(model.tokenizer, text[segment.start : segment.end])[0] for segment in memory.segments]
     return _inspection(text, memory.spans, memory, _scores(model, memory, ids), reconstructed=False)
 
@@ -102,6 +107,7 @@ def inspect_memory(
 
     Raises:
         MismatchError: the memory was made by another model.
+        InputError: it has nuggets beyond the tokens of its exact text.
     """
     if memory.exact is not None:
         return inspect_text(model, model.reconstruct(memory, on_progress=on_progress), memory)
@@ -133,11 +139,14 @@ def to_json(inspection: Inspection) -> str:
 @torch.no_grad()
 def _scores(model: Nugget2D, memory: Memory, segments: Sequence[Sequence[int]]) -> list[float]:
     """The scorer's value of each nugget; memories hold them only if nuggets were chosen by them."""
-    if memory.reader.role != "decoder" or memory.method.config.get("selection") in SCORED:
+    if memory.reader.role != "decoder" or memory.method.config.get("selection") in tuple(SCORED):
         return cast(list[float], memory.scores.tolist())
+    local = [memory.local_positions[own].long() for own in memory.segment_slices]
+    if any(positions[-1] >= len(ids) for positions, ids in zip(local, segments, strict=True)):
+        raise InputError("this memory has nuggets beyond the tokens of this text, so it was made of another one")
     parts = [
-        model.token_scores(torch.tensor([ids], device=model.device))[0].cpu()[memory.local_positions[own].long()]
-        for ids, own in zip(segments, memory.segment_slices, strict=True)
+        model.token_scores(torch.tensor([ids], device=model.device))[0].cpu()[positions]
+        for ids, positions in zip(segments, local, strict=True)
     ]
     return cast(list[float], torch.cat(parts).tolist())
 

@@ -7,16 +7,20 @@ tokens with a tiny margin over the second-best are patched too (a near tie). If 
 text is taken from the copy, with a warning.
 """
 
+import codecs
 import hashlib
 import lzma
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from nugget2d.errors import MemoryFileError
+from nugget2d.memory.records import Segment
 
 # Logits closer than this may swap between devices, kernels and batch shapes. Noise in float32 is about 1e-4; half
 # precision rounds logits of ten to steps of 2**-4 (bfloat16).
@@ -26,14 +30,21 @@ HALF_NEAR_TIE = 0.25
 # One segment's patch: index of the token within the segment -> token id.
 SegmentPatch = dict[int, int]
 
+# xz: what is expanded at a time, and the most that its dictionary may take, whatever its header asks for
+_PIECE, _DICTIONARY = 1 << 20, 1 << 27
+# bytes of a varint below 2**31, at most
+_VARINT = 5
+_DAMAGED_COPY, _AGAIN = "the lossless copy in this exact memory is damaged", "compress the text again"
+
 
 @dataclass(frozen=True)
 class ExactRecord:
-    """Patches and digests, one per segment, and the lossless copy of the whole text (xz)."""
+    """Patches and digests, one per segment, and the lossless copy (xz) of the whole text of `num_chars` characters."""
 
     patches: tuple[SegmentPatch, ...]
     digests: tuple[str, ...]
     copy: bytes
+    num_chars: int
 
     @property
     def patch_nbytes(self) -> int:
@@ -48,21 +59,43 @@ class ExactRecord:
     @staticmethod
     def make(segments: Sequence[str], patches: Sequence[SegmentPatch]) -> "ExactRecord":
         """The record of consecutive `segments` of a text and their patches."""
-        text = "".join(segments)
-        return ExactRecord(tuple(patches), tuple(map(digest, segments)), lzma.compress(text.encode(), preset=6))
+        return ExactRecord(tuple(patches), tuple(map(digest, segments)), *_copy("".join(segments)))
 
     def text(self) -> str:
-        """The whole text, from the lossless copy."""
-        return lzma.decompress(self.copy).decode()
+        """The whole text, from the lossless copy; no more of it is expanded than the text that it stands for has.
+
+        Raises:
+            MemoryFileError: the copy is damaged, or that of another text.
+        """
+        unpacker = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_DICTIONARY)
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        parts: list[str] = []
+        data, left = self.copy, self.num_chars
+        try:
+            while not unpacker.eof and left >= 0:
+                piece, data = unpacker.decompress(data, _PIECE), b""
+                if not piece and unpacker.needs_input:
+                    break  # truncated
+                parts.append(decoder.decode(piece))
+                left -= len(parts[-1])
+            decoder.decode(b"", final=True)
+        except (lzma.LZMAError, UnicodeDecodeError) as error:
+            raise MemoryFileError(f"{_DAMAGED_COPY} ({error}); {_AGAIN}") from error
+        if left or not unpacker.eof or unpacker.unused_data:
+            raise MemoryFileError(f"{_DAMAGED_COPY} (it is not of {self.num_chars:,} characters); {_AGAIN}")
+        return "".join(parts)
 
     @staticmethod
     def join(records: Sequence["ExactRecord"]) -> "ExactRecord":
-        """The record of consecutive texts."""
-        copy = lzma.compress("".join(record.text() for record in records).encode(), preset=6)
+        """The record of consecutive texts.
+
+        Raises:
+            MemoryFileError: see `text`.
+        """
         return ExactRecord(
             tuple(patch for record in records for patch in record.patches),
             tuple(value for record in records for value in record.digests),
-            copy,
+            *_copy("".join(record.text() for record in records)),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -74,11 +107,20 @@ class ExactRecord:
         return {"digests": list(self.digests)}
 
     @staticmethod
-    def from_parts(tensors: dict[str, Tensor], header: dict[str, Any]) -> "ExactRecord":
-        """The inverse of `tensors` and `header`."""
-        digests = tuple(header["digests"])
-        patches = _unpack(tensors["exact.patch"].numpy().tobytes(), len(digests))
-        return ExactRecord(patches, digests, tensors["exact.copy"].numpy().tobytes())
+    def from_parts(tensors: dict[str, Tensor], digests: tuple[str, ...], segments: Sequence[Segment]) -> "ExactRecord":
+        """The inverse of `tensors` and `header`.
+
+        Raises:
+            ValueError: patch or digests are not those of a text of these segments.
+            KeyError: a tensor is missing.
+        """
+        if len(digests) != len(segments):
+            raise ValueError(f"there are {len(digests)} digests of {len(segments)} segments")
+        for name in ("exact.patch", "exact.copy"):
+            if tensors[name].dtype != torch.uint8 or tensors[name].dim() != 1:
+                raise ValueError(f"{name} is no row of bytes")
+        patches = _unpack(tensors["exact.patch"].numpy().tobytes(), [segment.num_tokens for segment in segments])
+        return ExactRecord(patches, digests, tensors["exact.copy"].numpy().tobytes(), segments[-1].end)
 
 
 def digest(text: str) -> str:
@@ -112,17 +154,35 @@ def _pack(patches: Sequence[SegmentPatch]) -> bytes:
     return zlib.compress(bytes(stream), 9)
 
 
-def _unpack(data: bytes, count: int) -> tuple[SegmentPatch, ...]:
-    numbers = iter(_numbers(zlib.decompress(data)))
-    patches = []
-    for _ in range(count):
-        patch: SegmentPatch = {}
-        index = -1
-        for _ in range(next(numbers)):
-            index += next(numbers) + 1
-            patch[index] = next(numbers)
-        patches.append(patch)
-    return tuple(patches)
+def _unpack(data: bytes, tokens: Sequence[int]) -> tuple[SegmentPatch, ...]:
+    """The patches of segments of so many tokens; no more is expanded than their largest patches take."""
+    limit = _VARINT * sum(1 + 2 * count for count in tokens)
+    unpacker = zlib.decompressobj()
+    try:
+        stream = unpacker.decompress(data, limit + 1)
+    except zlib.error as error:
+        raise ValueError(f"the patch cannot be expanded: {error}") from error
+    if len(stream) > limit or not unpacker.eof or unpacker.unused_data:
+        raise ValueError("the patch is truncated, or larger than that of any text of this length")
+    numbers = _numbers(stream)
+    try:
+        patches = tuple(_segment_patch(numbers, count) for count in tokens)
+    except StopIteration as error:
+        raise ValueError("the patch ends early") from error
+    if next(numbers, None) is not None:
+        raise ValueError("the patch has more segments than the text")
+    return patches
+
+
+def _segment_patch(numbers: Iterator[int], tokens: int) -> SegmentPatch:
+    patch: SegmentPatch = {}
+    index = -1
+    for _ in range(next(numbers)):
+        index += next(numbers) + 1
+        if index >= tokens:
+            raise ValueError(f"the patch has a token {index} of a segment of {tokens}")
+        patch[index] = next(numbers)
+    return patch
 
 
 def _put(stream: bytearray, number: int) -> None:
@@ -132,15 +192,25 @@ def _put(stream: bytearray, number: int) -> None:
     stream.append(number)
 
 
-def _numbers(data: bytes) -> list[int]:
-    numbers, number, shift = [], 0, 0
+def _numbers(data: bytes) -> Iterator[int]:
+    number = shift = 0
     for byte in data:
         number |= (byte & 0x7F) << shift
         shift += 7
         if byte < 0x80:
-            numbers.append(number)
-            number, shift = 0, 0
-    return numbers
+            if number >= 1 << 31:
+                raise ValueError("the patch has a number beyond 31 bits")
+            yield number
+            number = shift = 0
+        elif shift >= 7 * _VARINT:
+            raise ValueError("the patch has a number beyond 31 bits")
+    if shift:
+        raise ValueError("the patch ends inside a number")
+
+
+def _copy(text: str) -> tuple[bytes, int]:
+    """Lossless copy and characters of a text."""
+    return lzma.compress(text.encode(), preset=6), len(text)
 
 
 def _bytes_tensor(data: bytes) -> Tensor:

@@ -6,12 +6,14 @@ payloads of one token set, made by nugget2d.
 
 import hashlib
 import json
+import stat
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -20,13 +22,20 @@ from torch import Tensor
 from nugget2d.errors import MemoryFileError
 from nugget2d.memory.exact import ExactRecord
 from nugget2d.memory.fingerprint import Fingerprint
+from nugget2d.memory.header import Header, read_header
 from nugget2d.memory.kv import KVPayload
 from nugget2d.memory.payload import EmbeddingsPayload, Kind, Payload, TextPayload
 from nugget2d.memory.records import MethodRecord, ReaderSpec, Segment
+from nugget2d.memory.validity import require_expansion, require_finite, require_payload, require_segments
 
 FORMAT = "nugget2d.memory"
 VERSION = 2
 READABLE = ("1", "2")
+# the most that safetensors reads
+HEADER_NBYTES = 100_000_000
+
+# what safetensors and torch raise on a file that contradicts itself
+_UNREADABLE = (SafetensorError, ValueError, KeyError, RuntimeError)
 
 PAYLOADS: dict[Kind, Any] = {"kv": KVPayload, "text": TextPayload, "embeddings": EmbeddingsPayload}
 
@@ -57,45 +66,31 @@ def pack(
     return contiguous, json.dumps(header, separators=(",", ":"))
 
 
-def unpack(tensors: dict[str, Tensor], header: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a memory from what `pack` gave, or from a file of version 1.
+def unpack(tensors: dict[str, Tensor], header: Header) -> dict[str, Any]:
+    """The fields of a memory from what `pack` gave; everything but the values of its states is checked.
 
     Raises:
-        ValueError, KeyError, TypeError: the header is invalid, which a checksum rules out.
+        ValueError, KeyError: header and tensors do not fit together; possible with a valid checksum too.
     """
-    header = header if "kind" in header else _from_version_1(tensors, header)
-    segments = [Segment(*row) for row in header["segments"]]
+    segments = tuple(Segment(*row, accuracy) for row, accuracy in zip(header.segments, header.accuracies, strict=True))
+    require_segments(segments)
+    payload: Payload = PAYLOADS[header.kind].from_parts(tensors, header.payload)
+    require_payload(payload, segments, header.reader)
+    exact = None
+    if header.exact is not None:
+        require_expansion(segments, sum(tensor.nbytes for tensor in tensors.values()))
+        exact = ExactRecord.from_parts(tensors, header.exact.digests, segments)
+    unknown = tensors.keys() - payload.tensors().keys() - ({} if exact is None else exact.tensors()).keys()
+    if unknown:
+        raise ValueError(f"tensors that belong to nothing: {sorted(unknown)[:3]}")
     return {
-        "payload": PAYLOADS[header["kind"]].from_parts(tensors, header["payload"]),
-        "segments": tuple(
-            replace(segment, accuracy=accuracy)
-            for segment, accuracy in zip(segments, header["accuracies"], strict=True)
-        ),
-        "fingerprint": Fingerprint(**header["fingerprint"]),
-        "reader": ReaderSpec(**header["reader"]),
-        "method": MethodRecord(**header["method"]),
-        "token_nbytes": header["token_nbytes"],
-        "exact": None if header["exact"] is None else ExactRecord.from_parts(tensors, header["exact"]),
-    }
-
-
-def _from_version_1(tensors: dict[str, Tensor], header: dict[str, Any]) -> dict[str, Any]:
-    layers = range(header["num_layers"])
-    numbers = sum(
-        heads * width
-        for name in ("keys", "values")
-        for heads, _, width in (tensors[f"{name}.{layer}"].shape for layer in layers)
-    )
-    return {
-        "kind": "kv",
-        "payload": {"num_layers": header["num_layers"]},
-        "segments": header["segments"],
-        "accuracies": header.get("accuracies") or [None] * len(header["segments"]),  # the first files had none
-        "fingerprint": header["fingerprint"],
-        "reader": {"role": "decoder", "soft_prompt": True},
-        "method": {"name": "nugget2d", "config": {}},
-        "token_nbytes": numbers * header["cache_itemsize"],
-        "exact": header["exact"],
+        "payload": payload,
+        "segments": segments,
+        "fingerprint": header.fingerprint,
+        "reader": header.reader,
+        "method": header.method,
+        "token_nbytes": header.token_nbytes,
+        "exact": exact,
     }
 
 
@@ -112,36 +107,54 @@ def from_bytes(data: bytes, source: Path | str) -> dict[str, Any]:
     """The fields of a memory from the bytes of its file; `source` is its name in errors.
 
     Raises:
-        MemoryFileError: not a memory, of a newer format, truncated or damaged.
+        MemoryFileError: not a memory, of a newer format, truncated, damaged, or not valid.
     """
     metadata = _metadata(data, source)
     try:
         tensors = load_tensors(data)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise MemoryFileError(_damaged(source)) from error
     return _checked(tensors, metadata, source, verify=True)
+
+
+def read_file(path: Path | str) -> dict[str, Any]:
+    """The same from a file, which is read only if its size is the one that its header claims.
+
+    Raises:
+        MemoryFileError: missing, not a memory, of a newer format, truncated, damaged, or not valid.
+    """
+    _mapped(path)
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise MemoryFileError(f"cannot read memory {path}: {error.strerror or error}") from error
+    return from_bytes(data, path)
 
 
 def map_file(path: Path | str, *, verify: bool) -> dict[str, Any]:
     """The same from a file whose tensors are mapped; see `Memory.map`.
 
     Raises:
-        MemoryFileError: missing, not a memory, of a newer format, truncated or damaged.
+        MemoryFileError: missing, not a memory, of a newer format, truncated, damaged, or not valid.
     """
+    metadata, tensors = _mapped(path)
+    return _checked(tensors, metadata, path, verify=verify)
+
+
+def _mapped(path: Path | str) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
+        mode = Path(path).stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # pipes and devices may never end
+            raise MemoryFileError(f"cannot read memory {path}: it is a pipe or a device; give a file")
         with Path(path).open("rb") as file:
             length = file.read(8)
-            header = min(
-                int.from_bytes(length, "little"), Path(path).stat().st_size
-            )  # of a damaged file it may be any number
-            metadata = _metadata(length + file.read(header), path)
+            metadata = _metadata(length + file.read(min(int.from_bytes(length, "little"), HEADER_NBYTES)), path)
         with safe_open(path, "pt") as tensors:
-            named = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+            return metadata, {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
     except OSError as error:
         raise MemoryFileError(f"cannot read memory {path}: {error.strerror or error}") from error
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise MemoryFileError(_damaged(path)) from error
-    return _checked(named, metadata, path, verify=verify)
 
 
 def checksum(tensors: Mapping[str, Tensor], header: str) -> str:
@@ -150,19 +163,23 @@ def checksum(tensors: Mapping[str, Tensor], header: str) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _checked(
     tensors: dict[str, Tensor], metadata: dict[str, str], source: Path | str, *, verify: bool
 ) -> dict[str, Any]:
-    if verify and metadata.get("checksum") != checksum(tensors, metadata.get("header", "")):
+    header = metadata.get("header", "")
+    if verify and metadata.get("checksum") != checksum(tensors, header):
         raise MemoryFileError(_damaged(source))
     try:
-        return unpack(tensors, json.loads(metadata["header"]))
-    except (ValueError, KeyError, TypeError) as error:  # possible only in a header that was not verified
-        raise MemoryFileError(_damaged(source)) from error
+        fields = unpack(tensors, read_header(header, metadata["version"], tensors))
+        if verify:
+            require_finite(fields["payload"])
+    except (ValueError, KeyError) as error:
+        raise MemoryFileError(f"memory {source} is not valid: {_reason(error)}; make it again from the text") from error
+    return fields
 
 
 def _metadata(data: bytes, path: Path | str) -> dict[str, str]:
@@ -171,18 +188,22 @@ def _metadata(data: bytes, path: Path | str) -> dict[str, str]:
     if len(data) < 8 or not data[8:9] == b"{":
         raise MemoryFileError(f"{path} is not a memory file; make one with `nugget2d compress`")
     try:
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    except (ValueError, AttributeError) as error:
+        metadata = from_json(data[8 : 8 + length]).get("__metadata__", {})
+    except ValueError as error:
         raise MemoryFileError(_damaged(path)) from error
-    if metadata.get("format") != FORMAT:
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise MemoryFileError(f"{path} is not a memory file; make one with `nugget2d compress`")
-    if not metadata.get("version", "").isdigit():
+    if not all(isinstance(value, str) for value in metadata.values()) or not metadata.get("version", "").isdigit():
         raise MemoryFileError(_damaged(path))
     if metadata["version"] not in READABLE:
         raise MemoryFileError(
-            f"{path} has format version {metadata['version']}, this package reads up to {VERSION}; upgrade it"
+            f"{path} has format version {metadata['version'][:20]}, this package reads up to {VERSION}; upgrade it"
         )
     return metadata
+
+
+def _reason(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _damaged(path: Path | str) -> str:

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from nugget2d.errors import InputError
+from nugget2d.memory.header import KVPart
 from nugget2d.memory.payload import Kind
 from nugget2d.memory.states import States, StoreDtype
+
+# heads and head_dim
+LayerShape = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +90,15 @@ class KVPayload:
         """Bytes of keys, values and their scales, prefix included: what takes the place of the KV cache."""
         return sum(states.nbytes for states in (*self.keys, *self.values))
 
+    @property
+    def shapes(self) -> list[tuple[LayerShape, LayerShape]]:
+        """Heads and head_dim of the keys and of the values of each layer."""
+        return [(self._shape(keys), self._shape(values)) for keys, values in zip(self.keys, self.values, strict=True)]
+
+    def _shape(self, states: States) -> LayerShape:
+        heads = states.data.shape[0] if self.heads is None else self.num_kv_heads
+        return heads, states.data.shape[-1]
+
     @cached_property
     def head_counts(self) -> list[list[int]]:
         """States of every head of every layer, prefix included."""
@@ -148,12 +161,16 @@ class KVPayload:
 
     def header(self) -> dict[str, Any]:
         """See `Payload`."""
-        return {"num_layers": len(self.keys), "prefix_ids": list(self.prefix_ids), "last_id": self.last_id}
+        return {"num_layers": len(self.keys), "prefix_ids": self.prefix_ids, "last_id": self.last_id}
 
     @staticmethod
-    def from_parts(tensors: dict[str, Tensor], header: dict[str, Any]) -> "KVPayload":
-        """The inverse of `tensors` and `header`; a header of version 1 has no prefix."""
-        layers = range(header["num_layers"])
+    def from_parts(tensors: dict[str, Tensor], header: KVPart) -> "KVPayload":
+        """The inverse of `tensors` and `header`.
+
+        Raises:
+            KeyError: a tensor is missing.
+        """
+        layers = range(header.num_layers)
         heads = None
         if "heads.counts" in tensors:
             heads = HeadSelection(tensors["heads.counts"], tuple(tensors[f"heads.rows.{layer}"] for layer in layers))
@@ -164,8 +181,8 @@ class KVPayload:
             token_spans=tensors["token_spans"],
             scores=tensors["scores"],
             heads=heads,
-            prefix_ids=tuple(header.get("prefix_ids", ())),
-            last_id=header.get("last_id"),
+            prefix_ids=header.prefix_ids,
+            last_id=header.last_id,
         )
 
 
@@ -177,7 +194,7 @@ def join_kv(payloads: Sequence[KVPayload], chars: Sequence[int]) -> KVPayload:
         chars: where each text begins in the whole, in characters.
 
     Raises:
-        InputError: different dtypes or prefixes, or one token set in some and tokens per head in others.
+        InputError: different dtypes, prefixes, layers or heads, or one token set in some and tokens per head in others.
     """
     first = payloads[0]
     for payload in payloads[1:]:
@@ -187,6 +204,8 @@ def join_kv(payloads: Sequence[KVPayload], chars: Sequence[int]) -> KVPayload:
             raise InputError("cannot join memories with different prefixes; compress all texts with the same prefix")
         if (payload.heads is None) != (first.heads is None):
             raise InputError("cannot join a memory of one token set with one whose heads differ; use one method")
+        if payload.shapes != first.shapes:
+            raise InputError("cannot join memories with other layers or heads; compress all texts with one model")
     sides = zip(*((payload.keys, payload.values) for payload in payloads), strict=True)
     keys, values = (
         [_join_layer(payloads, layer, states) for layer, states in enumerate(zip(*side, strict=True))] for side in sides

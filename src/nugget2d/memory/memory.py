@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nugget2d.deprecation import RenamedAttribute
-from nugget2d.errors import InputError, MemoryFileError, MismatchError
+from nugget2d.errors import InputError, MismatchError
 from nugget2d.files import atomic_write
 from nugget2d.memory import file
 from nugget2d.memory.exact import ExactRecord
@@ -162,7 +162,7 @@ class Memory:
         """(u,) int32, where the segment of each kept token begins, in tokens of the whole text."""
         starts = [0, *accumulate(segment.num_tokens for segment in self.segments)][:-1]
         counts = torch.tensor([segment.num_nuggets for segment in self.segments])
-        return torch.tensor(starts, dtype=torch.int32).repeat_interleave(counts)
+        return torch.tensor(starts, dtype=torch.int32).repeat_interleave(counts, output_size=len(self.local_positions))
 
     @property
     def positions(self) -> list[int]:
@@ -242,7 +242,9 @@ class Memory:
                     f"cannot join memories of methods {first.method.name!r} and {memory.method.name!r}, which are read "
                     "in different ways; compress both texts with one method"
                 )
-        chars = [0, *accumulate(memory.num_chars for memory in memories)][:-1]
+        *chars, total = [0, *accumulate(memory.num_chars for memory in memories)]
+        if max(total, sum(memory.num_tokens for memory in memories)) >= 1 << 31:
+            raise InputError("cannot join memories of more than 2**31 characters or tokens; join fewer")
         payload = join_kv([memory.kv for memory in memories], chars)
         records = [memory.exact for memory in memories if memory.exact is not None]
         if records and len(records) < len(memories):
@@ -290,20 +292,16 @@ class Memory:
         """Read a memory that `save` wrote, here or with an earlier version.
 
         Raises:
-            MemoryFileError: missing, not a memory, of a newer format, truncated or damaged.
+            MemoryFileError: missing, not a memory, of a newer format, truncated, damaged, or not valid.
         """
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise MemoryFileError(f"cannot read memory {path}: {error.strerror or error}") from error
-        return Memory.from_bytes(data, path)
+        return Memory(**file.read_file(path))
 
     @staticmethod
     def from_bytes(data: bytes, source: Path | str) -> "Memory":
         """The memory that `to_bytes` made `data` of; `source` is its name in errors.
 
         Raises:
-            MemoryFileError: not a memory, of a newer format, truncated or damaged.
+            MemoryFileError: not a memory, of a newer format, truncated, damaged, or not valid.
         """
         return Memory(**file.from_bytes(data, source))
 
@@ -320,7 +318,7 @@ class Memory:
                 first looked at, and damage in it goes unnoticed.
 
         Raises:
-            MemoryFileError: missing, not a memory, of a newer format, truncated or damaged.
+            MemoryFileError: missing, not a memory, of a newer format, truncated, damaged, or not valid.
         """
         return Memory(**file.map_file(path, verify=verify))
 

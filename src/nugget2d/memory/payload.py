@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from nugget2d.memory.header import EmbeddingsPart, TextPart
 from nugget2d.memory.states import States, StoreDtype
 
 Kind = Literal["kv", "text", "embeddings"]
@@ -77,9 +78,17 @@ class TextPayload:
         return {"count": self.count}
 
     @staticmethod
-    def from_parts(tensors: dict[str, Tensor], header: dict[str, Any]) -> "TextPayload":
-        """The inverse of `tensors` and `header`."""
-        return TextPayload(tensors["text"].numpy().tobytes().decode(), header["count"], tensors["spans"])
+    def from_parts(tensors: dict[str, Tensor], header: TextPart) -> "TextPayload":
+        """The inverse of `tensors` and `header`.
+
+        Raises:
+            ValueError: the text is no UTF-8.
+            KeyError: a tensor is missing.
+        """
+        text = tensors["text"]
+        if text.dtype != torch.uint8 or text.dim() != 1:
+            raise ValueError("text is no row of bytes")
+        return TextPayload(text.numpy().tobytes().decode(), header.count, tensors["spans"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +133,6 @@ class EmbeddingsPayload:
         return {}
 
     @staticmethod
-    def from_parts(tensors: dict[str, Tensor], header: dict[str, Any]) -> "EmbeddingsPayload":
+    def from_parts(tensors: dict[str, Tensor], header: EmbeddingsPart) -> "EmbeddingsPayload":
         """The inverse of `tensors` and `header`."""
         return EmbeddingsPayload(States.from_tensors(tensors, "vectors"), tensors["spans"])

@@ -24,6 +24,7 @@ from nugget2d.modeling.compatibility import as_cache, check_supported
 from nugget2d.modeling.digest import legacy_fingerprint, tokenizer_digest, weights_digest
 from nugget2d.modeling.digest_cache import LoadedWeights, cached_weights_digest
 from nugget2d.modeling.hooks import find_layers, hidden_after
+from nugget2d.modeling.misfit import Readable, misfit
 from nugget2d.modeling.parameters import Role, make_parameters
 from nugget2d.modeling.positions import max_positions, require_positions
 from nugget2d.modeling.rotation import KeyRotation
@@ -349,7 +350,7 @@ class Network(nn.Module):
         """Check that this model can read `memory`.
 
         Raises:
-            MismatchError: another base or tokenizer made it, or its reader needs other adapters.
+            MismatchError: another base or tokenizer made it, its reader needs other adapters, or it has other shapes.
         """
         made_by = memory.fingerprint
         if not self.recognizes(made_by):
@@ -363,13 +364,18 @@ class Network(nn.Module):
                 f"this memory was made for the adapters of {made_by.name!r}, which {self.config.name!r} does not have; "
                 "load that model, or compress the text again"
             )
+        if (reason := misfit(memory, self.readable)) is not None:
+            raise MismatchError(f"{self.config.name!r} cannot read this memory: {reason}; compress the text again")
 
     @cached_property
-    def kv_shape(self) -> list[tuple[int, int]]:
-        """Key-value heads and head_dim of each layer, looked up in what one token leaves in a cache."""
+    @torch.no_grad()
+    def readable(self) -> Readable:
+        """What memories must be like; shapes are looked up in what one token leaves in a cache."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        keys, _ = cached_states(self.encoder_states(self.embed(token)))
-        return [(layer.shape[1], layer.shape[3]) for layer in keys]
+        states = cached_states(self.encoder_states(self.embed(token), role="base"))
+        shapes = [[(layer.shape[1], layer.shape[3]) for layer in side] for side in states]
+        embeddings, config = self._embeddings, self.config if self.has_compressor else None
+        return Readable(list(zip(*shapes, strict=True)), embeddings.num_embeddings, embeddings.embedding_dim, config)
 
     @cached_property
     def rotation(self) -> KeyRotation:

@@ -125,7 +125,7 @@ class NuggetMethod(KVMethod):
         lengths = [len(segment.ids) for segment in document]
         if budget.ratio is not None:
             return count_nuggets(lengths, budget.ratio)
-        heads = model.kv_shape
+        heads = model.readable.kv_shape
         nbytes = sum(2 * count * row_nbytes(width, self.dtype or native_dtype(model)) for count, width in heads)
         return share_nuggets(lengths, budget.count(sum(lengths), nbytes))
 
