@@ -303,7 +303,11 @@ def test_unknown_model(source: Path, memories: Path, tmp_path: Path) -> None:
 def test_the_model_named_in_a_memory_is_gone(source: Path, tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model", name="lost")
     run("compress", source, "-o", tmp_path / "a.nugget", "--model", folder)
-    fails("reconstruct", tmp_path / "a.nugget", saying="made by 'lost': say where it is with --model")
+    fails(
+        "reconstruct",
+        tmp_path / "a.nugget",
+        saying="made by 'lost': fetch it with --model lost, or say where it is with --model",
+    )
     run("reconstruct", tmp_path / "a.nugget", "--model", folder)
 
 

@@ -12,6 +12,7 @@ from huggingface_hub import constants
 import tiny
 from nugget2d import Nugget2D
 from nugget2d.checkpoints import resolve
+from nugget2d.checkpoints.base import load_tokenizer
 from nugget2d.errors import InputError, ModelError, OutputError
 from nugget2d.integrations.transformers import register
 from nugget2d.modeling.cache import gather_nuggets
@@ -135,13 +136,48 @@ def test_a_compressor_is_no_base(tmp_path: Path, llama: Nugget2D) -> None:
 
 
 def test_code_in_a_folder_is_never_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "code.py").write_text("raise SystemExit('ran')")
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "theirs"}
-    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
-    (folder / "config.json").write_text(json.dumps(config))
+    bring_code(folder, "config.json", {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
-    with pytest.raises(ModelError, match="trust_remote_code"):
+    for load in (Nugget2D.from_pretrained, Nugget2D.from_base):
+        with pytest.raises(ModelError, match=r"base model .* brings its own code") as caught:
+            load(folder)
+        assert "trust_remote_code" not in str(caught.value)
+    assert not (folder / "ran").exists()
+
+
+def test_code_of_a_tokenizer_is_never_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bring_code(folder, "tokenizer_config.json", {"AutoTokenizer": ["code.Theirs", None]}, tokenizer_class="Theirs")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
+    for load in (Nugget2D.from_pretrained, load_tokenizer):
+        with pytest.raises(ModelError, match=r"tokenizer .* brings its own code"):
+            load(folder)
+    assert not (folder / "ran").exists()
+
+
+class Runs:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_pickles_among_the_weights_are_never_run(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Runs(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="other pickled objects in its weights") as caught:
         Nugget2D.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def bring_code(folder: Path, file: str, auto_map: dict[str, object], **fields: object) -> None:
+    """Let a configuration name classes of a Python file that leaves another file when it runs."""
+    (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()")
+    config = json.loads((folder / file).read_text()) | {"model_type": "theirs", "auto_map": auto_map} | fields
+    (folder / file).write_text(json.dumps(config))
 
 
 # ---- the hub, by what was downloaded before ----

@@ -197,7 +197,10 @@ def test_layers_are_read_when_they_are_touched(store: MemoryStore, llama: Nugget
 def test_an_unverified_read_finds_other_layers_whole(store: MemoryStore, llama: Nugget2D) -> None:
     record = store.add(llama, TEXT, ratio=2)
     good = store.get(record.id)
-    flip_bit(Path(store.place(record.id)), -5)
+    path = Path(store.place(record.id))
+    data = path.read_bytes()
+    first = 8 + int.from_bytes(data[:8], "little")
+    flip_bit(path, first + json.loads(data[8:first])["values.2"]["data_offsets"][0])
     with pytest.raises(MemoryFileError, match="damaged"):
         store.get(record.id)
     lazy = store.get(record.id, verify=False)

@@ -42,6 +42,7 @@ class Nugget2D(Network):
         *,
         revision: str | None = None,
         token: str | None = None,
+        local_files_only: bool = False,
         dtype: torch.dtype | str = torch.float32,
         device: str | torch.device = "cpu",
         device_map: DeviceMap | None = None,
@@ -55,6 +56,7 @@ class Nugget2D(Network):
                 transformers, the hub id of either, or a .gguf file (converted once into a cache folder).
             revision: branch, tag or commit of a hub id; None takes the main branch.
             token: for private and gated repositories; None takes the one that `hf auth login` stored.
+            local_files_only: of the hub take only what was downloaded before; it is not asked.
             dtype: precision of the LM, also as a string ("bfloat16"), or "auto" for that of its files; everything
                 trained keeps float32, but for copied layers.
             device: where to; not applied with `device_map` or `quantization_config`.
@@ -84,6 +86,7 @@ class Nugget2D(Network):
             base,
             revision=revision,
             token=token,
+            local_files_only=local_files_only,
             dtype=dtype,
             device_map=device_map,
             quantization_config=quantization_config,

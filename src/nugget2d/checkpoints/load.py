@@ -22,7 +22,7 @@ from nugget2d.checkpoints.layout import (
     is_quantized,
     own_state,
 )
-from nugget2d.checkpoints.resolve import find_compressor
+from nugget2d.checkpoints.resolve import find_compressor, on_this_machine
 from nugget2d.config import NuggetConfig
 from nugget2d.errors import InputError, ModelError
 from nugget2d.modeling.adapters import read_adapters
@@ -43,6 +43,7 @@ def load(
     *,
     revision: str | None = None,
     token: str | None = None,
+    local_files_only: bool = False,
     **options: Any,
 ) -> N:
     """Load the model `name` with its weights, as an object that `make` returns.
@@ -53,6 +54,7 @@ def load(
         base: for a compressor that was saved without its base.
         revision: of a repository.
         token: for every repository.
+        local_files_only: for every repository.
         options: of `load_base`.
 
     Raises:
@@ -60,12 +62,14 @@ def load(
         InputError: a `base` for a model that has its own.
         OutputError: see `load_base`.
     """
-    folder = find_compressor(name, revision=revision, token=token)
+    hub: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
+    place = on_this_machine(name, revision=revision) if local_files_only else name
+    folder = find_compressor(place, revision=revision, token=token)
     if folder is not None:
-        return _load_compressor(make, folder, base, token=token, **options)
+        return _load_compressor(make, folder, base, **hub, **options)
     if base is not None:
         raise InputError(f"{str(name)!r} is a plain language model, not a compressor; leave out base={str(base)!r}")
-    loaded = load_base(name, revision=revision, token=token, **options)
+    loaded = load_base(name, revision=revision, **hub, **options)
     config = NuggetConfig.model_validate({"name": str(name), "adapters": "none"} | fitting_fields(loaded.lm))
     model = make(loaded.lm, loaded.tokenizer, config)
     model.loaded_weights = loaded.loaded

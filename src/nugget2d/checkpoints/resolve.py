@@ -44,6 +44,24 @@ def find_compressor(name: str | Path, *, revision: str | None = None, token: str
         raise ModelError(f"cannot get model {str(name)!r} from the hub: {error}") from error
 
 
+def on_this_machine(name: str | Path, *, revision: str | None = None) -> str | Path:
+    """`name`, if it is bundled, a folder or a file, else the folder that a repository was downloaded to before.
+
+    A folder, as transformers asks the hub for some files of a hub id even with `local_files_only`.
+
+    Raises:
+        ModelError: it is none of these; the hub is not asked.
+    """
+    if str(name) in bundled_models() or is_gguf(name) or exists(name):
+        return name
+    if not is_hub_id(str(name)):
+        raise _unknown(str(name), "and it cannot be a hub id")
+    try:
+        return Path(snapshot_download(str(name), revision=revision, local_files_only=True))
+    except Exception as error:  # whatever the hub client raises
+        raise _unknown(str(name), "and nothing of that name was downloaded from the hub before") from error
+
+
 def _local_compressor(place: Path) -> Path | None:
     if exists(place / CONFIG_FILE):
         return place

@@ -32,8 +32,12 @@ def say(kind: str, message: str) -> None:
     Console(stderr=True).print(line, soft_wrap=True)
 
 
-def load_model(name: str) -> "Nugget2D":
+def load_model(name: str, *, local_files_only: bool = False) -> "Nugget2D":
     """Load a model onto the GPU if there is one, without messages of other libraries.
+
+    Args:
+        name: which.
+        local_files_only: as `Nugget2D.from_pretrained`.
 
     Raises:
         ModelError: there is no such model, or its files are incomplete.
@@ -43,7 +47,8 @@ def load_model(name: str) -> "Nugget2D":
 
         from nugget2d import Nugget2D
 
-        return Nugget2D.from_pretrained(name, device="cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return Nugget2D.from_pretrained(name, device=device, local_files_only=local_files_only)
 
 
 @contextmanager
@@ -62,19 +67,24 @@ def loading(name: str) -> Iterator[None]:
 
 
 def load_reader(memory: "Memory", name: str | None) -> "Nugget2D":
-    """The model that reads `memory`: `name`, or else the one that the memory itself names.
+    """The model that reads `memory`: `name`, or else the one that the memory names, if it is on this machine.
+
+    A memory may come from anybody, so what it names is not fetched unasked.
 
     Raises:
         ModelError: it cannot be loaded.
         MismatchError: it is not the model that made the memory.
     """
+    made_by = memory.fingerprint.name
     try:
-        model = load_model(name or memory.fingerprint.name)
+        model = load_model(name or made_by, local_files_only=name is None)
     except ModelError as error:
         if name is not None:
             raise
-        made_by = memory.fingerprint.name
-        raise ModelError(f"{error}; the memory was made by {made_by!r}: say where it is with --model") from error
+        from nugget2d.checkpoints.resolve import is_hub_id
+
+        fetch = f"fetch it with --model {made_by}, or " if is_hub_id(made_by) else ""
+        raise ModelError(f"{error}; the memory was made by {made_by!r}: {fetch}say where it is with --model") from error
     model.require(memory)
     return model
 

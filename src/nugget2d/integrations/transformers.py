@@ -10,7 +10,6 @@ pipe = pipeline("compressed-text-generation", model="folder")
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -59,9 +58,9 @@ class Nugget2DLoader:
             raise InputError(
                 f"Nugget2D cannot be loaded with {', '.join(unknown)}; it takes {', '.join(sorted(LOADING))}"
             )
-        if local_files_only and not Path(name).is_dir():
-            name = snapshot_download(str(name), revision=revision, token=token, local_files_only=True)
-        return Nugget2D.from_pretrained(name, revision=revision, token=token, **wanted)
+        return Nugget2D.from_pretrained(
+            name, revision=revision, token=token, local_files_only=local_files_only, **wanted
+        )
 
 
 def register() -> None:

@@ -26,7 +26,7 @@ from nugget2d.memory.header import Header, read_header
 from nugget2d.memory.kv import KVPayload
 from nugget2d.memory.payload import EmbeddingsPayload, Kind, Payload, TextPayload
 from nugget2d.memory.records import MethodRecord, ReaderSpec, Segment
-from nugget2d.memory.validity import require_expansion, require_finite, require_payload, require_segments
+from nugget2d.memory.validity import AnyPayload, require_expansion, require_finite, require_payload, require_segments
 
 FORMAT = "nugget2d.memory"
 VERSION = 2
@@ -74,7 +74,7 @@ def unpack(tensors: dict[str, Tensor], header: Header) -> dict[str, Any]:
     """
     segments = tuple(Segment(*row, accuracy) for row, accuracy in zip(header.segments, header.accuracies, strict=True))
     require_segments(segments)
-    payload: Payload = PAYLOADS[header.kind].from_parts(tensors, header.payload)
+    payload: AnyPayload = PAYLOADS[header.kind].from_parts(tensors, header.payload)
     require_payload(payload, segments, header.reader)
     exact = None
     if header.exact is not None:

@@ -89,9 +89,8 @@ def require_finite(payload: AnyPayload) -> None:
     for states in layers:
         for numbers in (states.data, states.scale):
             if numbers is not None and numbers.is_floating_point():
-                low, high = numbers.aminmax()
-                # NaN compares false
-                _need(bool((low >= -LARGEST_STATE) & (high <= LARGEST_STATE)), "states are not finite")
+                low, high = map(float, numbers.aminmax())  # of float16 the limit itself would be infinite
+                _need(-LARGEST_STATE <= low <= high <= LARGEST_STATE, "states are not finite")
 
 
 def _require_table(payload: KVPayload, segments: Sequence[Segment]) -> None:

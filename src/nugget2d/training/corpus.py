@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from nugget2d.checkpoints.base import load_tokenizer
 from nugget2d.errors import RecipeError
 from nugget2d.training.recipe import DataConfig, Source, TokenizerConfig
 
@@ -116,14 +117,16 @@ class Pack:
 def make_pack(
     pack: Path, data: DataConfig, folder: Path, config: TokenizerConfig | None, base: str | None
 ) -> PreTrainedTokenizerBase:
-    """Make (or reuse) a pack in `pack`; returns its tokenizer: trained, or the base's own."""
+    """Make (or reuse) a pack in `pack`; returns its tokenizer: trained, or the base's own.
+
+    Raises:
+        RecipeError: see `documents`.
+        ModelError: the base's tokenizer cannot be loaded.
+    """
     if (pack / "done").is_file():
-        return AutoTokenizer.from_pretrained(pack)
+        return load_tokenizer(pack)
     pack.mkdir(parents=True, exist_ok=True)
-    if config is not None:
-        tokenizer: PreTrainedTokenizerBase = train_tokenizer(data.train, folder, config)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(str(base)) if config is None else train_tokenizer(data.train, folder, config)
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     for name, sources, limit in (("train", data.train, data.max_tokens), ("held_out", data.held_out, None)):
         _write(pack / f"{name}.bin", tokenizer, sources, folder, dtype, limit)
