@@ -178,3 +178,10 @@ def test_overlapping_nuggets_of_one_character_become_one_mark(model: Nugget2D, m
     inspection = inspect_text(model, TEXT, _with_spans(memory, spans))
     assert (inspection.marks[0].start, inspection.marks[0].end) == (0, 3)
     assert len(inspection.marks[0].nuggets) == 2
+
+
+def test_a_memory_cannot_control_the_terminal_by_its_models_name(model: Nugget2D, memory: Memory) -> None:
+    named = replace(memory, fingerprint=replace(memory.fingerprint, name="\x1b]0;mine\x07[bold]"))
+    console = Console(file=StringIO(), width=200)
+    print_inspection(inspect_memory(model, named), console)
+    assert "\x1b" not in console.file.getvalue() and "[bold]" in console.file.getvalue()

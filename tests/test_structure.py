@@ -1,5 +1,6 @@
 """The shape of the code: imports run one way."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,3 +33,11 @@ def test_a_broken_contract_is_noticed(tmp_path: Path) -> None:
 def test_importing_the_package_does_not_import_torch() -> None:
     code = "import sys, nugget2d; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_only_checkpoints_load_by_transformers() -> None:
+    """Where `trust_remote_code=False` is given: left out, transformers asks on standard input."""
+    loads = re.compile(r"\b(auto|Auto(Config|Tokenizer|ModelForCausalLM))\.from_pretrained\(")
+    found = [path for folder in ("src", "research") for path in (ROOT / folder).rglob("*.py")]
+    found = [path for path in found if loads.search(path.read_text(encoding="utf-8"))]
+    assert sorted(path.name for path in found) == ["base.py", "gguf.py"]

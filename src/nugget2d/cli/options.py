@@ -36,7 +36,9 @@ ModelName = Annotated[str, typer.Option("--model", help="Bundled model, folder, 
 ReaderName = Annotated[
     str | None,
     typer.Option(
-        "--model", help="Bundled model, folder, hub id, or .gguf file.", show_default="the model named in the memory"
+        "--model",
+        help="Bundled model, folder, hub id, or .gguf file.",
+        show_default="the memory's, if it is on this machine",
     ),
 ]
 MethodName = Annotated[

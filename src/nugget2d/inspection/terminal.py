@@ -31,7 +31,7 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
 def _metrics(inspection: Inspection) -> Text:
     return Text(
         f"{inspection.num_tokens:,} tokens, {inspection.num_nuggets:,} nuggets, ratio {inspection.ratio:.2f}, "
-        f"{inspection.nbytes:,} of {inspection.full_nbytes:,} bytes, model {inspection.model}"
+        f"{inspection.nbytes:,} of {inspection.full_nbytes:,} bytes, model {visible(inspection.model, marked=False)}"
         + ("" if inspection.accuracy is None else f", measured accuracy {inspection.accuracy:.4f}")
         + (", text as reconstructed by the model" if inspection.reconstructed else "")
     )

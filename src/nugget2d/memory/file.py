@@ -82,7 +82,7 @@ def unpack(tensors: dict[str, Tensor], header: Header) -> dict[str, Any]:
         exact = ExactRecord.from_parts(tensors, header.exact.digests, segments)
     unknown = tensors.keys() - payload.tensors().keys() - ({} if exact is None else exact.tensors()).keys()
     if unknown:
-        raise ValueError(f"tensors that belong to nothing: {sorted(unknown)[:3]}")
+        raise ValueError(f"tensors that belong to nothing: {[name[:40] for name in sorted(unknown)[:3]]}")
     return {
         "payload": payload,
         "segments": segments,

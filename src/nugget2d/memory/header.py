@@ -117,4 +117,4 @@ def read_header(text: str, version: str, tensors: Mapping[str, Tensor]) -> Heade
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))[:80]
-        raise ValueError(f"{place or 'header'}: {first['msg']}") from error
+        raise ValueError(f"in its header {place!r}: {first['msg']}" if place else first["msg"]) from error
