@@ -219,7 +219,7 @@ def test_a_file_and_its_name_are_flushed_before_the_record(tmp_path: Path, memor
         store.put(memories[0], key=key(7))
         folder = tmp_path / "memories" / "00"
         assert [name for name, _ in flushed[:1] + flushed[2:]] == [str(folder.parent), str(folder)]
-        assert flushed[1][0].startswith(f"{folder}/.{key(7)}.nugget.")
+        assert flushed[1][0].startswith(f"{folder}/.nugget2d-")
         assert [records for _, records in flushed] == [0, 0, 0] and len(store.records()) == 1
         assert store._backend._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
         assert store._backend._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)

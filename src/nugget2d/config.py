@@ -10,9 +10,9 @@ SelectionName = Literal["learned", "window", "even", "random", "punctuation"]
 
 
 class Frozen(BaseModel):
-    """A typed record that cannot change and refuses unknown keys."""
+    """A typed record that cannot change and refuses unknown keys, NaN and infinity, which JSON cannot hold."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Threshold(Frozen):

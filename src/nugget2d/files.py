@@ -15,9 +15,10 @@ from nugget2d.errors import InputError, OutputError
 def atomic_write(path: Path | str, *, force: bool = True) -> Iterator[BinaryIO]:
     """Yield a binary file that becomes `path` only when the block ends without an error.
 
-    Bytes go to a temporary name in the same folder (a rename is atomic only within a file system), are flushed
-    to disk, then renamed, and the folder is flushed: a block that ended is a file that a power cut leaves. On any error
-    before the rename the temporary file is removed and `path` keeps what it had.
+    Bytes go to a temporary name in the same folder (a rename is atomic only within a file system; a short name, as that
+    of `path` may be as long as the file system allows), are flushed to disk, then renamed, and the folder is flushed: a
+    block that ended is a file that a power cut leaves. On any error before the rename the temporary file is removed and
+    `path` keeps what it had.
 
     Raises:
         OutputError: `path` exists and `force` is false, or the system refuses the write (disk full, no folder).
@@ -25,7 +26,7 @@ def atomic_write(path: Path | str, *, force: bool = True) -> Iterator[BinaryIO]:
     path = Path(path)
     check_writable(path, force=force)
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".nugget2d-", suffix=".tmp")
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     try:
@@ -73,6 +74,18 @@ def check_writable(path: Path, *, force: bool) -> None:
         raise OutputError(f"cannot write {path}: no permission to write in {path.parent}; choose another folder")
 
 
+def expand_home(path: Path | str) -> Path:
+    """`path` with the home folder in the place of a leading ~.
+
+    Raises:
+        InputError: there is no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"there is no home folder for {path}; set HOME, or give a whole path") from error
+
+
 def cache_folder() -> Path:
     """Where files are kept that can be recreated: $NUGGET2D_CACHE, else nugget2d/ in $XDG_CACHE_HOME or ~/.cache.
 
@@ -84,8 +97,8 @@ def cache_folder() -> Path:
     if shared := os.environ.get("XDG_CACHE_HOME"):
         return Path(shared) / "nugget2d"
     try:
-        return Path.home() / ".cache" / "nugget2d"
-    except RuntimeError as error:
+        return expand_home("~/.cache/nugget2d")
+    except InputError as error:
         raise OutputError("there is no home folder for a cache; set NUGGET2D_CACHE to a folder") from error
 
 

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from nugget2d.errors import ModelError, OutputError
 from nugget2d.files import cache_folder, file_identity
 
+MAX_STEM = 48  # characters of the file's name in that of its folder: a name has up to 255 bytes, a character up to 4
+
 
 def is_gguf(name: str | Path) -> bool:
     """Whether `name` is that of a GGUF file, which may be missing."""
@@ -34,14 +36,15 @@ def converted(path: Path) -> Path:
         identity = file_identity(path)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
-    folder = cache_folder() / "gguf" / f"{path.stem}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+    folder = cache_folder() / "gguf" / f"{path.stem[:MAX_STEM]}-{digest}"
     if folder.is_dir():
         return folder
     if util.find_spec("gguf") is None:
         raise ModelError(f"reading {path} needs the package gguf: pip install 'nugget2d[gguf]'")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        made = Path(mkdtemp(dir=folder.parent, prefix=".nugget2d-"))
     except OSError as error:
         raise OutputError(f"cannot write the converted {path}: {error}; set NUGGET2D_CACHE to a folder") from error
     try:

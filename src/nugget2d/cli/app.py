@@ -3,9 +3,7 @@
 Nothing imported here may import torch, transformers or pydantic, so that `nugget2d --help` is fast.
 """
 
-import errno
-import os
-import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,39 +24,39 @@ from nugget2d.cli.reconstruct import reconstruct
 from nugget2d.cli.serve import serve
 from nugget2d.cli.shared import INTERRUPTED, say
 from nugget2d.cli.store import store
+from nugget2d.cli.streams import guarded, prepare
 from nugget2d.cli.train import train
-from nugget2d.errors import NuggetError
+from nugget2d.errors import InputError, NuggetError
 
 
 class Commands(TyperGroup):
     """Turns errors that users cause into a one-line message and an exit code; other errors keep their traceback."""
 
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """Run the command line; help and messages on wrong usage are written here."""
+        with guarded():
+            return super().main(*arguments, **options)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
         try:
-            return super().invoke(ctx)
+            with guarded():
+                _require_working_folder()
+                return super().invoke(ctx)
         except NuggetError as error:
             say("error", str(error))
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             say("error", "interrupted")
             raise typer.Exit(INTERRUPTED) from error
-        except BrokenPipeError as error:
-            # the reader (`| head`) has closed the pipe
-            _discard_stdout()
-            raise typer.Exit(1) from error
-        except OSError as error:
-            # a full disk, under redirected standard output; other files raise OutputError
-            if error.errno != errno.ENOSPC:
-                raise
-            say("error", f"cannot write {error.filename or 'standard output'}: {error.strerror}; free some space")
-            _discard_stdout()
-            raise typer.Exit(1) from error
 
 
-def _discard_stdout() -> None:
-    """Redirect stdout to the null device: Python flushes it at exit, which would fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _require_working_folder() -> None:
+    """Libraries ask for it, and every relative path is below it."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise InputError(f"cannot use the working folder: {error.strerror}; change to another one") from error
 
 
 app = typer.Typer(
@@ -93,4 +91,5 @@ def _options(
 
 def main() -> None:
     """Entry point of the console script."""
+    prepare()
     app()

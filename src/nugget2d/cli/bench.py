@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from hashlib import sha256
 from importlib.util import find_spec
 from lzma import LZMAError
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 
-from nugget2d.cli.options import DEFAULT_MODEL, Force, ModelName, SelectionOption
+from nugget2d.cli.options import DEFAULT_MODEL, Force, ModelName, SelectionOption, finite, to_write
 from nugget2d.cli.shared import bundled_text, load_model, progress, safe_to_interrupt, say
 from nugget2d.errors import InputError
 from nugget2d.files import atomic_write
@@ -23,7 +24,7 @@ bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure a model on
 
 @bench.command()
 def distortion(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for metrics, tables and plots.")],
+    out: Annotated[Path, typer.Option("--out", "-o", callback=to_write, help="Folder for metrics, tables and plots.")],
     model: ModelName = DEFAULT_MODEL,
     data: Annotated[
         Path | None,
@@ -73,7 +74,7 @@ def distortion(
 
 @bench.command()
 def lm(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for metrics and table.")],
+    out: Annotated[Path, typer.Option("--out", "-o", callback=to_write, help="Folder for metrics and table.")],
     data: Annotated[
         list[str],
         typer.Option(
@@ -89,7 +90,8 @@ def lm(
     states: Annotated[str, typer.Option("--states", help="Most keys that a query attends to.")] = "256,128,64",
     chunk: Annotated[int, typer.Option("--chunk", min=1, help="Tokens between two slides, of all methods.")] = 20,
     share: Annotated[
-        float, typer.Option("--share", min=0.01, max=0.99, help="The part of the states that are nuggets.")
+        float,
+        typer.Option("--share", callback=finite, min=0.01, max=0.99, help="The part of the states that are nuggets."),
     ] = 0.5,
     tokens: Annotated[
         int, typer.Option("--tokens", min=1, help="Tokens scored of each corpus, in whole blocks.")
@@ -134,7 +136,7 @@ def lm(
 
 @bench.command()
 def breakeven(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for metrics, table and plot.")],
+    out: Annotated[Path, typer.Option("--out", "-o", callback=to_write, help="Folder for metrics, table and plot.")],
     model: ModelName = DEFAULT_MODEL,
     data: Annotated[
         Path | None,
@@ -143,7 +145,7 @@ def breakeven(
         ),
     ] = None,
     lengths: Annotated[str, typer.Option("--lengths", help="Tokens of a context.")] = "1024,4096,16384",
-    ratio: Annotated[float, typer.Option("--ratio", min=1, help="Tokens for each nugget.")] = 20,
+    ratio: Annotated[float, typer.Option("--ratio", min=1, callback=finite, help="Tokens for each nugget.")] = 20,
     question: Annotated[int, typer.Option("--question", min=1, help="Tokens of a question.")] = 32,
     answer: Annotated[int, typer.Option("--answer", min=1, help="Tokens of an answer.")] = 64,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Rounds of measuring.")] = 5,
@@ -193,7 +195,7 @@ def _numbers(values: str, option: str, kind: type[Number]) -> list[Number]:
         numbers = [kind(value) for value in values.split(",")]
     except ValueError as error:
         raise InputError(f"{option} takes numbers with commas between them, not {values!r}") from error
-    if not all(1 <= number < float("inf") for number in numbers):
+    if not all(number >= 1 and isfinite(number) for number in numbers):
         raise InputError(f"{option} takes numbers of at least 1, not {values!r}")
     return numbers
 

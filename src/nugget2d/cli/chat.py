@@ -11,8 +11,17 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from nugget2d.cli.options import DEFAULT_MODEL, ModelName
-from nugget2d.cli.shared import load_memory, load_model, require_temperature, say, write_stdout
+from nugget2d.cli.options import DEFAULT_MODEL, ModelName, Seed, Temperature, finite
+from nugget2d.cli.shared import (
+    load_memory,
+    load_model,
+    one_line,
+    readable_stdin,
+    require_temperature,
+    say,
+    waiting,
+    write_stdout,
+)
 from nugget2d.errors import InputError, NuggetError, OutputError
 from nugget2d.files import check_writable, decode_text, read_text
 
@@ -39,14 +48,16 @@ def chat(
     recent_window: Annotated[int, typer.Option("--recent-window", help="Uncompressed recent tokens, at least.")] = 128,
     ratio: Annotated[
         float | None,
-        typer.Option("--ratio", help="Tokens for each nugget.", show_default="the model's threshold, or 10"),
+        typer.Option(
+            "--ratio", callback=finite, help="Tokens for each nugget.", show_default="the model's threshold, or 10"
+        ),
     ] = None,
     max_nuggets: Annotated[
         int | None, typer.Option("--max-nuggets", help="Nuggets held at most.", show_default="no limit")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 64,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token every time.")] = 0,
-    seed: Annotated[int, typer.Option("--seed", help="Makes sampling repeatable.")] = 0,
+    temperature: Temperature = 0,
+    seed: Seed = 0,
     model: ModelName = DEFAULT_MODEL,
 ) -> None:
     """Read documents, then lines from standard input, and continue each line; /help lists the commands."""
@@ -79,10 +90,10 @@ class _Session:
 
     def read(self, name: str, text: str) -> None:
         """Read a document, with a live status on a terminal."""
-        with self._console.status(Text(name)) as status:
+        with waiting(self._console, name) as status:
             for place in range(0, len(text), PART):
                 self._stream.append(text[place : place + PART])
-                status.update(Text(f"{name}: {describe(self._stream)}"))
+                status.update(Text(one_line(f"{name}: {describe(self._stream)}")))
         self._stream.append("\n")
 
     def answer(self, line: str, max_new_tokens: int, temperature: float) -> None:
@@ -153,10 +164,8 @@ def _lines(before_prompt: Callable[[], None]) -> Iterator[str]:
                 before_prompt()
                 data = (input("> ") + "\n").encode()
             else:
-                data = sys.stdin.buffer.readline()
-            if not data:
-                return
-            yield decode_text(data, "the line").strip()
+                with readable_stdin():
+                    data = sys.stdin.buffer.readline()
         except EOFError:
             write_stdout(b"\n")
             return
@@ -164,8 +173,18 @@ def _lines(before_prompt: Callable[[], None]) -> Iterator[str]:
             if not terminal:
                 raise
             write_stdout(b"\n")  # the line is dropped, the session goes on
-        except (InputError, UnicodeError) as error:
+            continue
+        except UnicodeError as error:
             say("error", str(error))
+            continue
+        if not data:
+            return
+        try:
+            line = decode_text(data, "the line").strip()
+        except InputError as error:
+            say("error", str(error))
+        else:
+            yield line
 
 
 @contextmanager

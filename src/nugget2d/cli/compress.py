@@ -13,6 +13,7 @@ from nugget2d.cli.options import (
     Force,
     ModelName,
     takes_compress_options,
+    to_write,
 )
 from nugget2d.cli.shared import against, load_model, metrics_table, progress, read_source
 from nugget2d.errors import InputError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 @takes_compress_options
 def compress(
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="A UTF-8 text; - reads standard input.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the memory.")],
+    out: Annotated[Path, typer.Option("--out", "-o", callback=to_write, help="Where to write the memory.")],
     *,
     options: dict[str, Any],
     model: ModelName = DEFAULT_MODEL,

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nugget2d.cli.options import DEFAULT_MODEL, ModelName
+from nugget2d.cli.options import DEFAULT_MODEL, ModelName, finite
 from nugget2d.cli.shared import against, bundled_text, load_model, progress
 from nugget2d.files import read_text
 
@@ -24,7 +24,8 @@ def demo(
         Path | None, typer.Argument(help="A UTF-8 text.", show_default="a bundled article on lighthouses")
     ] = None,
     ratio: Annotated[
-        float | None, typer.Option("--ratio", help="Tokens for each nugget, at least 1.", show_default="4, then 10")
+        float | None,
+        typer.Option("--ratio", callback=finite, help="Tokens for each nugget, at least 1.", show_default="4, then 10"),
     ] = None,
     model: ModelName = DEFAULT_MODEL,
 ) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nugget2d.cli.options import MemoryFile, ReaderName
+from nugget2d.cli.options import MemoryFile, ReaderName, Seed, Temperature
 from nugget2d.cli.shared import load_memory, load_reader, require_temperature, write_stdout
 
 
@@ -12,8 +12,8 @@ def generate(
     file: MemoryFile,
     prompt: Annotated[str, typer.Option("--prompt", help="What to continue, as if it came after the text.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Stop after so many tokens.")] = 64,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token every time.")] = 0,
-    seed: Annotated[int, typer.Option("--seed", help="Makes sampling repeatable.")] = 0,
+    temperature: Temperature = 0,
+    seed: Seed = 0,
     model: ReaderName = None,
 ) -> None:
     """Continue a prompt after a memory; the text is printed as it is generated."""

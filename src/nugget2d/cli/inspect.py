@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from nugget2d.cli.options import DEFAULT_MODEL, Force, ReaderName, Selection, SelectionOption
+from nugget2d.cli.options import DEFAULT_MODEL, Force, ReaderName, Selection, SelectionOption, finite, to_write
 from nugget2d.cli.shared import load_memory, load_model, load_reader, progress, read_source, say, write_stdout
 from nugget2d.errors import InputError
 from nugget2d.files import atomic_write, check_writable
@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 def inspect(
     file: Annotated[str, typer.Argument(metavar="MEMORY.nugget|FILE|-", help="A memory, or a UTF-8 text to compress.")],
-    html: Annotated[Path | None, typer.Option("--html", help="Write a self-contained HTML page.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", callback=to_write, help="Write a self-contained HTML page.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of colours.")] = False,
     ratio: Annotated[
-        float | None, typer.Option("--ratio", help="Tokens for each nugget (texts only).", show_default="20")
+        float | None,
+        typer.Option("--ratio", callback=finite, help="Tokens for each nugget (texts only).", show_default="20"),
     ] = None,
     model: ReaderName = None,
     selection: SelectionOption = None,

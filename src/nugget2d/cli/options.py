@@ -4,6 +4,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,29 @@ RESERVED = frozenset({"text", "method", "ratio", "nuggets", "nbytes", "on_progre
 DEFAULT_MODEL = "nano"
 DEFAULT_STORE = "~/.nugget2d/store"
 
+
+def finite(param: typer.CallbackParam, value: float | None) -> float | None:
+    """A number, not NaN or infinity; the callback of every option that is a float.
+
+    Raises:
+        InputError: it is not.
+    """
+    if value is not None and not isfinite(value):
+        raise InputError(f"{param.opts[0]} takes a finite number, not {value}")
+    return value
+
+
+def to_write(param: typer.CallbackParam, path: Path | None) -> Path | None:
+    """A name to write to, not -; the callback of every option that names a file or folder to write.
+
+    Raises:
+        InputError: it is -, by which other programs mean standard output.
+    """
+    if path == Path("-"):
+        raise InputError(f"{param.opts[0]} takes a name, and - is not standard output here; give another one")
+    return path
+
+
 MemoryFile = Annotated[Path, typer.Argument(metavar="MEMORY.nugget", help="A memory made by `nugget2d compress`.")]
 ModelName = Annotated[str, typer.Option("--model", help="Bundled model, folder, hub id, or .gguf file.")]
 ReaderName = Annotated[
@@ -51,7 +75,12 @@ MethodName = Annotated[
 ]
 Ratio = Annotated[
     float | None,
-    typer.Option("--ratio", help="Tokens for each nugget, at least 1.", show_default="20 for nugget2d, 5 for others"),
+    typer.Option(
+        "--ratio",
+        callback=finite,
+        help="Tokens for each nugget, at least 1.",
+        show_default="20 for nugget2d, 5 for others",
+    ),
 ]
 Nuggets = Annotated[int | None, typer.Option("--nuggets", help="Tokens to keep, in place of a ratio.")]
 Bytes = Annotated[int | None, typer.Option("--bytes", help="Bytes of states to keep, in place of a ratio.")]
@@ -59,6 +88,7 @@ TargetAccuracy = Annotated[
     float | None,
     typer.Option(
         "--target-accuracy",
+        callback=finite,
         help="Choose each segment's ratio: this share of its tokens must be reconstructed (nugget2d).",
     ),
 ]
@@ -81,6 +111,12 @@ DtypeOption = Annotated[
 ]
 SelectionOption = Annotated[
     Selection | None, typer.Option("--selection", help="How nuggets are chosen.", show_default="the model's own")
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", callback=finite, help="0 takes the likeliest token every time.")
+]
+Seed = Annotated[
+    int, typer.Option("--seed", min=-(1 << 63), max=(1 << 63) - 1, help="Makes sampling repeatable.", metavar="INTEGER")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output file if it exists.")]
 StorePlace = Annotated[

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from nugget2d.cli.options import Force, MemoryFile, ReaderName
+from nugget2d.cli.options import Force, MemoryFile, ReaderName, to_write
 from nugget2d.cli.shared import load_memory, load_reader, progress, write_stdout
 from nugget2d.files import atomic_write, check_writable
 
@@ -13,7 +13,8 @@ from nugget2d.files import atomic_write, check_writable
 def reconstruct(
     file: MemoryFile,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Where to write the text.", show_default="standard output")
+        Path | None,
+        typer.Option("--out", "-o", callback=to_write, help="Where to write the text.", show_default="standard output"),
     ] = None,
     model: ReaderName = None,
     force: Force = False,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from nugget2d.cli.options import DEFAULT_MODEL, DEFAULT_STORE, ModelName, StorePlace
+from nugget2d.cli.options import DEFAULT_MODEL, DEFAULT_STORE, ModelName, StorePlace, finite
 from nugget2d.cli.shared import load_model, safe_to_interrupt
 from nugget2d.errors import InputError
 
@@ -46,12 +46,14 @@ def serve(
         ),
     ] = None,
     ratio: Annotated[
-        float, typer.Option("--ratio", min=1, help="Tokens for each nugget, unless asked otherwise.")
+        float, typer.Option("--ratio", min=1, callback=finite, help="Tokens for each nugget, unless asked otherwise.")
     ] = 10,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")] = 1024,
     max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1, help="Requests that run side by side.")] = 16,
     queue: Annotated[int, typer.Option("--queue", min=0, help="Requests that may wait; more get 429.")] = 64,
-    time_limit: Annotated[float, typer.Option("--time-limit", min=0.1, help="Seconds for a request.")] = 120,
+    time_limit: Annotated[
+        float, typer.Option("--time-limit", min=0.1, callback=finite, help="Seconds for a request.")
+    ] = 120,
     max_bytes: Annotated[int, typer.Option("--max-bytes", min=1024, help="Largest request.")] = 16 << 20,
     max_input: Annotated[
         int, typer.Option("--max-input", min=8, help="Tokens of a request's texts, compressed or not; more get 413.")
@@ -71,7 +73,9 @@ def serve(
             "--max-stored", min=0, help="Bytes of memories that a key may keep; more get 413.", show_default="no limit"
         ),
     ] = None,
-    grace: Annotated[float, typer.Option("--grace", min=0, help="Seconds for running requests at shutdown.")] = 30,
+    grace: Annotated[
+        float, typer.Option("--grace", min=0, callback=finite, help="Seconds for running requests at shutdown.")
+    ] = 30,
 ) -> None:
     """Serve a model and its memories over HTTP, as the OpenAI API does (docs/SERVING.md)."""
     with safe_to_interrupt():

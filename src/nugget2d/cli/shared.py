@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
 from nugget2d.errors import AccuracyWarning, ContextWarning, ExactFallbackWarning, InputError, ModelError
 from nugget2d.files import decode_text, read_text
+from nugget2d.text.visible import escaped, visible
 
 if TYPE_CHECKING:
     from nugget2d import Memory, Nugget2D
@@ -26,10 +28,20 @@ SPEED_SECONDS = 600  # remaining time comes from steps this recent; a step of a 
 
 
 def say(kind: str, message: str) -> None:
-    """Print `kind: message` as exactly one line on standard error, whatever newlines the message holds."""
+    """Print `kind: message` as exactly one line on standard error, whatever newlines and controls the message holds."""
     style = {"error": "bold red", "warning": "bold yellow"}.get(kind, "bold")
-    line = Text.assemble((f"{kind}:", style), " ", " ".join(message.split()))
+    line = Text.assemble((f"{kind}:", style), " ", one_line(message))
     Console(stderr=True).print(line, soft_wrap=True)
+
+
+def one_line(text: str) -> str:
+    """Any text, also a file name of any bytes, as one line without control characters."""
+    return " ".join(visible(escaped(text), marked=False).split())
+
+
+def waiting(console: Console, text: str) -> Status:
+    """A line with a spinner, in ASCII where the terminal has nothing else, shown while something takes long."""
+    return console.status(Text(one_line(text)), spinner="line" if console.options.ascii_only else "dots")
 
 
 def load_model(name: str, *, local_files_only: bool = False) -> "Nugget2D":
@@ -55,7 +67,7 @@ def load_model(name: str, *, local_files_only: bool = False) -> "Nugget2D":
 def loading(name: str) -> Iterator[None]:
     """Import torch, silence other libraries, and show on the terminal that `name` is being loaded."""
     _quieten()
-    with Console(stderr=True).status(Text(f"loading model {name}")):
+    with waiting(Console(stderr=True), f"loading model {name}"):
         with safe_to_interrupt():
             from transformers.utils import logging
 
@@ -105,11 +117,25 @@ def read_source(source: str) -> str:
     """The text of a file, or of standard input for "-".
 
     Raises:
-        InputError: missing, empty or not UTF-8.
+        InputError: missing, closed, empty or not UTF-8.
     """
     if source != "-":
         return read_text(source)
-    return decode_text(sys.stdin.buffer.read(), "standard input")
+    with readable_stdin():
+        return decode_text(sys.stdin.buffer.read(), "standard input")
+
+
+@contextmanager
+def readable_stdin() -> Iterator[None]:
+    """Within the block standard input is read.
+
+    Raises:
+        InputError: it is closed, or a folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read standard input: {error.strerror}") from error
 
 
 def bundled_text() -> str:
@@ -152,9 +178,9 @@ def require_temperature(temperature: float) -> None:
     """Refuse temperatures that cannot scale logits.
 
     Raises:
-        InputError: negative, NaN or infinite.
+        InputError: negative.
     """
-    if not 0 <= temperature < float("inf"):
+    if temperature < 0:
         raise InputError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
 
 

@@ -16,7 +16,7 @@ from nugget2d.cli.options import (
     Tags,
     takes_compress_options,
 )
-from nugget2d.cli.shared import load_model, progress, read_source, safe_to_interrupt, say
+from nugget2d.cli.shared import load_model, one_line, progress, read_source, safe_to_interrupt, say, write_stdout
 from nugget2d.errors import InputError, UnknownMemoryError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def add(
                 )
             known = " (was there)" if record.created < start else ""
             typer.echo(
-                f"{record.id[:SHORT]}  {_line(record.name)}  {record.num_tokens:,} tokens, "
+                f"{record.id[:SHORT]}  {one_line(record.name)}  {record.num_tokens:,} tokens, "
                 f"{record.num_nuggets:,} nuggets{known}"
             )
 
@@ -78,8 +78,8 @@ def list_records(store: StorePlace = DEFAULT_STORE, tag: Tag = None, json: Json 
             f"{record.num_nuggets:,}",
             f"{record.nbytes:,}",
             record.created[:19],
-            _line(record.name),
-            _line(", ".join(record.tags)),
+            one_line(record.name),
+            one_line(", ".join(record.tags)),
         ]
         for record in records
     ]
@@ -99,11 +99,11 @@ def show(id: Id, store: StorePlace = DEFAULT_STORE, json: Json = False) -> None:
     given = {} if settings is None else settings.model_dump(exclude={"method", "config"}) | settings.config
     lines = {
         "id": record.id,
-        "name": _line(record.name),
-        "tags": _line(", ".join(record.tags)),
-        "owner": _line(record.owner),
+        "name": one_line(record.name),
+        "tags": one_line(", ".join(record.tags)),
+        "owner": one_line(record.owner),
         "created": record.created,
-        "model": f"{_line(record.model.name)} {record.model.model[:SHORT]}",
+        "model": f"{one_line(record.model.name)} {record.model.model[:SHORT]}",
         "method": "" if settings is None else settings.method,
         "settings": ", ".join(f"{name} {value}" for name, value in given.items() if value),
         "characters": f"{record.num_chars:,}",
@@ -146,7 +146,7 @@ def search(
         _print_json([{**hit._asdict(), "record": hit.record.model_dump(mode="json")} for hit in hits])
         return
     rows = [
-        [f"{hit.score:.3f}", hit.record.id[:SHORT], f"{hit.start}:{hit.end}", _line(hit.record.name)] for hit in hits
+        [f"{hit.score:.3f}", hit.record.id[:SHORT], f"{hit.start}:{hit.end}", one_line(hit.record.name)] for hit in hits
     ]
     _print_columns(["score", "id", "characters", "name"], rows, right={0, 2})
 
@@ -200,13 +200,6 @@ def _whole(memories: "MemoryStore", id: str) -> str:
     return found[0]
 
 
-def _line(text: str) -> str:
-    """Any text as one line without control characters."""
-    from nugget2d.inspection.visible import visible
-
-    return " ".join(visible(text, marked=False).split())
-
-
 def _print_columns(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: set[int]) -> None:
     """Print aligned columns, of any width, for other programs."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
@@ -219,4 +212,5 @@ def _print_columns(head: Sequence[str], rows: Sequence[Sequence[str]], *, right:
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json_format.dumps(value, indent=2, ensure_ascii=False))
+    """In UTF-8, whatever the terminal's encoding; bytes of a path that are not are escaped as JSON does."""
+    write_stdout(json_format.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from nugget2d.errors import InputError, NuggetError, StoreError
+from nugget2d.files import expand_home
 from nugget2d.indexing.documents import Batch
 from nugget2d.indexing.work import AGAIN, Job, Outcome, Worker
 
@@ -50,7 +51,7 @@ def run_on_cluster(job: Job, batches: Iterable[Batch], workers: int) -> Iterator
     store, model = job.store, job.model
     job = job.model_copy(  # actors start in another folder
         update={
-            "store": store if "://" in store else str(Path(store).expanduser().absolute()),
+            "store": store if "://" in store else str(expand_home(store).absolute()),
             "model": str(Path(model).absolute()) if Path(model).is_dir() else model,
         }
     )

@@ -1,7 +1,7 @@
 """How much of a text a memory may keep: a ratio, a number of nuggets, or bytes."""
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isfinite
 
 from nugget2d.errors import InputError
 
@@ -24,18 +24,17 @@ class Budget:
         """Check it.
 
         Raises:
-            InputError: none or several are given, or one is below 1.
+            InputError: none or several are given, or one is below 1, NaN or infinite.
         """
         given = {name: value for name, value in vars(self).items() if value is not None}
         if len(given) != 1:
             raise InputError(
                 f"a budget is one of ratio, nuggets and nbytes, got {' and '.join(given) or 'none'}; give exactly one"
             )
-        if self.ratio is not None and not 1 <= self.ratio < float("inf"):
-            raise InputError(f"ratio must be at least 1 (1 keeps every token), got {self.ratio}")
-        for name, value in (("nuggets", self.nuggets), ("nbytes", self.nbytes)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
+        for name, value in given.items():
+            if not (value >= 1 and isfinite(value)):
+                hint = " (1 keeps every token)" if name == "ratio" else ""
+                raise InputError(f"{name} must be at least 1{hint} and finite, got {value}")
 
     def count(self, tokens: int, token_nbytes: float, fixed: int = 0) -> int:
         """Tokens to keep of so many, at least 1.

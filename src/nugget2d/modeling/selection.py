@@ -6,7 +6,7 @@ section 3.1). The chosen indices are always in text order.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from math import ceil
+from math import ceil, isfinite
 from zlib import crc32
 
 import torch
@@ -93,10 +93,10 @@ def count_nuggets(lengths: Sequence[int], ratio: float) -> list[int]:
     Counts follow the running total, so that rounding up in every segment does not lower the ratio of the whole text.
 
     Raises:
-        InputError: ratio below 1.
+        InputError: a ratio below 1, NaN or infinite.
     """
-    if not ratio >= 1:
-        raise InputError(f"ratio must be at least 1 (1 keeps every token), got {ratio}")
+    if not (ratio >= 1 and isfinite(ratio)):
+        raise InputError(f"ratio must be at least 1 (1 keeps every token) and finite, got {ratio}")
     counts: list[int] = []
     tokens = given = 0
     for length in lengths:

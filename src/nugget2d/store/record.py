@@ -6,6 +6,7 @@ from datetime import datetime, timezone
 from nugget2d.config import Frozen
 from nugget2d.memory.memory import Fingerprint, Memory
 from nugget2d.methods.options import CompressOptions, digest
+from nugget2d.text.visible import escaped
 
 
 class Record(Frozen):
@@ -45,12 +46,12 @@ class Record(Frozen):
     def of(
         memory: Memory, key: str, *, name: str, tags: Sequence[str], owner: str, settings: CompressOptions | None
     ) -> "Record":
-        """A record of `memory`, created now."""
+        """A record of `memory`, created now; what UTF-8 cannot hold in its name and tags is escaped."""
         return Record(
             id=record_id(key, owner),
             key=key,
-            name=name,
-            tags=tuple(tags),
+            name=escaped(name),
+            tags=tuple(map(escaped, tags)),
             owner=owner,
             created=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
             num_tokens=memory.num_tokens,

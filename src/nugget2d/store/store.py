@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from nugget2d.errors import InputError, UnknownMemoryError
+from nugget2d.files import expand_home
 from nugget2d.memory.memory import Memory
 from nugget2d.methods.options import CompressOptions
 from nugget2d.model import Nugget2D
@@ -15,6 +16,7 @@ from nugget2d.store.bucket import Bucket
 from nugget2d.store.folder import Folder
 from nugget2d.store.record import Record, record_id
 from nugget2d.store.words import Words, relevance
+from nugget2d.text.visible import escaped
 
 _DIGITS = re.compile("[0-9a-f]{32}")  # of ids and content addresses, which become parts of paths
 
@@ -48,9 +50,10 @@ class MemoryStore:
 
         Raises:
             StoreError: there is none, it is not a store, of a newer version, or cannot be opened.
+            InputError: a path below ~, and there is no home folder.
         """
         self._backend: Backend = (
-            Bucket(str(path), options) if "://" in str(path) else Folder(Path(path).expanduser(), create=create)
+            Bucket(str(path), options) if "://" in str(path) else Folder(expand_home(path), create=create)
         )
 
     def put(
@@ -246,4 +249,4 @@ def _unknown(id: str) -> UnknownMemoryError:
 
 
 def _wanted(record: Record, owner: str | None, tag: str | None) -> bool:
-    return owner in (None, record.owner) and (tag is None or tag in record.tags)
+    return owner in (None, record.owner) and (tag is None or escaped(tag) in record.tags)

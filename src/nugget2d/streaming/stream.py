@@ -9,6 +9,7 @@ by segment.)
 
 import copy
 from collections.abc import Iterator, Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -288,8 +289,8 @@ def _check(model: Network, recent_window: int, ratio: float | None, most: int | 
     model.require_compressor()
     if recent_window < 1:
         raise InputError(f"recent_window must be at least 1 token, got {recent_window}")
-    if ratio is not None and not ratio >= 1:
-        raise InputError(f"ratio must be at least 1 (1 keeps every token), got {ratio}")
+    if ratio is not None and not (ratio >= 1 and isfinite(ratio)):
+        raise InputError(f"ratio must be at least 1 (1 keeps every token) and finite, got {ratio}")
     if most is not None and most < 1:
         raise InputError(f"max_nuggets must be at least 1, got {most}; None sets no limit")
     config = model.config

@@ -1,4 +1,4 @@
-"""Replaces invisible characters, and those that control a terminal, by visible ones."""
+"""Replaces characters that are invisible, control a terminal or cannot be written by visible ones."""
 
 _PICTURES: dict[int, str] = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
 _PICTURES |= {0x7F: "\u2421"} | {code: "\ufffd" for code in range(0x80, 0xA0)}
@@ -10,3 +10,15 @@ def visible(text: str, *, marked: bool) -> str:
     """`text` for display: CRLF as one line end, control characters as pictures, an arrow at line ends in nuggets."""
     shown = text.replace("\r\n", "\n").translate(_PICTURES)
     return shown.replace("\n", "\u21b5\n") if marked else shown
+
+
+def escaped(text: str) -> str:
+    """`text` as UTF-8 can hold it: bytes of a file name that are not UTF-8, and lone surrogates, as escapes.
+
+    A file name that Python read in a locale without UTF-8 gets its characters back.
+    """
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # a surrogate that stands for no byte
+        data = text.encode("utf-8", "backslashreplace")
+    return data.decode("utf-8", "backslashreplace")
