@@ -17,8 +17,8 @@ from nugget2d.errors import InputError, ModelError, StoreError
 from nugget2d.indexing import processes
 from nugget2d.indexing import run as indexing
 from nugget2d.indexing.clusters import run_on_cluster
-from nugget2d.indexing.documents import Corpus, Document, Failure, count, documents
-from nugget2d.indexing.work import Job, Outcome, Worker
+from nugget2d.indexing.documents import Corpus, Document, Failure, Outcome, count, documents
+from nugget2d.indexing.work import Job, Worker
 from nugget2d.store import MemoryStore
 from test_cli import fails, run
 
@@ -251,7 +251,7 @@ def test_a_store_or_corpus_that_cannot_be_used_ends_the_run(corpus: Path, tmp_pa
 
 @pytest.mark.e2e
 def test_a_worker_that_dies_is_one_clear_error(corpus: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(processes, "_leave_interrupts_to_the_parent", os.abort)
+    monkeypatch.setattr(processes, "_follow_the_parent", os.abort)
     with pytest.raises(StoreError, match="a worker process was ended"):
         indexing.index(corpus, Job(store=str(tmp_path / "store"), model="nano"), 1)
 

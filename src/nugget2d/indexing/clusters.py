@@ -15,8 +15,8 @@ import numpy as np
 
 from nugget2d.errors import InputError, NuggetError, StoreError
 from nugget2d.files import expand_home
-from nugget2d.indexing.documents import Batch
-from nugget2d.indexing.work import AGAIN, Job, Outcome, Worker
+from nugget2d.indexing.documents import Batch, Outcome
+from nugget2d.indexing.work import AGAIN, Job, Worker
 
 # Defaults: no usage statistics are sent, and only our own progress is shown.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "ERROR", "RAY_BACKEND_LOG_LEVEL": "fatal"}

@@ -6,11 +6,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
+from nugget2d.errors import InputError
 from nugget2d.indexing.clusters import run_on_cluster
 from nugget2d.indexing.documents import Corpus, Failure, count
 from nugget2d.indexing.processes import run_in_processes
-from nugget2d.indexing.work import Job
+from nugget2d.indexing.work import Job, addresses
+from nugget2d.methods.options import Addresses
 from nugget2d.store import MemoryStore
+from nugget2d.store.record import record_id
 
 BATCH_CHARS = 32_768  # some 8,000 tokens: what the model encodes at once
 EngineName = Literal["process", "ray"]
@@ -41,6 +44,23 @@ class Summary:
         return self.added + self.known + len(self.failures)
 
 
+@dataclass(frozen=True)
+class Known:
+    """Tells whether a store had the memory of a text when the run began.
+
+    Attributes:
+        addresses: of what the run makes.
+        ids: of the store's records.
+    """
+
+    addresses: Addresses
+    ids: set[str]
+
+    def __call__(self, text: str) -> bool:
+        """Whether it had."""
+        return record_id(self.addresses.of(text), "") in self.ids
+
+
 def index(
     source: Path,
     job: Job,
@@ -50,6 +70,7 @@ def index(
 ) -> Summary:
     """Add every document of `source` to the job's store; those that it has already are not compressed again.
 
+    What the store has is found out here; if nothing is new, no process is started for it.
     Workers are spawned: a script calls this below `if __name__ == "__main__":`.
 
     Args:
@@ -60,12 +81,16 @@ def index(
         engine: "process", the processes of this machine; or "ray", those of a cluster (`run_on_cluster`).
 
     Raises:
-        InputError: `source` cannot be read, or the engine is not installed.
+        InputError: `source` cannot be read or has no documents, or the engine is not installed.
         ModelError, StoreError, OutputError: the model or the store cannot be used; what was done is kept.
     """
     start, total, summary = perf_counter(), count(source), Summary()
-    MemoryStore(job.store).close()  # checked before workers are started
-    for outcomes in ENGINES[engine](job, Corpus(source, BATCH_CHARS), workers):
+    if not total:
+        raise InputError(f"there is nothing to index in {source}: no .txt or .md file, or no line of JSON")
+    with MemoryStore(job.store) as store:  # checked before workers are started
+        ids = store.ids()
+    known = Known(addresses(job), ids) if ids else None
+    for outcomes in ENGINES[engine](job, Corpus(source, BATCH_CHARS, known), workers):
         for outcome in outcomes:
             if isinstance(outcome, Failure):
                 summary.failures.append(outcome)

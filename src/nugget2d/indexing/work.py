@@ -3,16 +3,16 @@
 The engines (processes.py, clusters.py) distribute batches of documents to workers.
 """
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from pydantic import Field
 from transformers.utils import logging
 
 from nugget2d.config import Frozen
-from nugget2d.indexing.documents import Batch, Document, Failure
+from nugget2d.indexing.documents import Batch, Document, Done, Failure, Outcome
 from nugget2d.memory.memory import Memory
-from nugget2d.methods.options import CompressOptions
+from nugget2d.methods.options import Addresses, CompressOptions
 from nugget2d.model import Nugget2D
 from nugget2d.store import MemoryStore
 
@@ -35,14 +35,14 @@ class Job(Frozen):
     tags: tuple[str, ...] = ()
 
 
-class Done(NamedTuple):
-    """A document that is stored: `tokens` were compressed for it, 0 if the store had it before."""
+def addresses(job: Job) -> Addresses:
+    """Where a job stores its memories. Its model is loaded for that, and not kept.
 
-    name: str
-    tokens: int
-
-
-Outcome: TypeAlias = Done | Failure
+    Raises:
+        ModelError, InputError: see `Nugget2D.from_pretrained` and `CompressOptions.of`.
+    """
+    model = _load(job, "cpu")
+    return CompressOptions.of(model, **job.options).addresses(model)
 
 
 class Worker:
@@ -55,9 +55,7 @@ class Worker:
             ModelError, StoreError: see `Nugget2D.from_pretrained` and `MemoryStore`.
         """
         torch.set_num_threads(1)
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        self._model = Nugget2D.from_pretrained(job.model, device="cuda" if torch.cuda.is_available() else "cpu")
+        self._model = _load(job, "cuda" if torch.cuda.is_available() else "cpu")
         self._store = MemoryStore(job.store)
         self._tags = job.tags
         self._settings = CompressOptions.of(self._model, **job.options)
@@ -68,7 +66,7 @@ class Worker:
         Raises:
             StoreError, OutputError: the store cannot be written, which no document causes.
         """
-        outcomes: list[Outcome] = [entry for entry in batch if isinstance(entry, Failure)]
+        outcomes: list[Outcome] = [entry for entry in batch if not isinstance(entry, Document)]
         read = [entry for entry in batch if isinstance(entry, Document)]
         keys = [self._settings.address(document.text, self._model) for document in read]
         # each text once
@@ -103,3 +101,9 @@ class Worker:
             if len(texts) == 1:
                 return [str(error) or type(error).__name__]
             return [result for text in texts for result in self._compress([text])]
+
+
+def _load(job: Job, device: str) -> Nugget2D:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return Nugget2D.from_pretrained(job.model, device=device)

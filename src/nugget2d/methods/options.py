@@ -1,6 +1,7 @@
 """`CompressOptions`: how to compress a text, as one record for Python API, command line, store, indexing and server."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -96,10 +97,14 @@ class CompressOptions(Frozen):
 
         For methods that need training it depends on all trained weights; for others on the base and tokenizer only.
         """
+        return self.addresses(model).of(text)
+
+    def addresses(self, model: Network) -> "Addresses":
+        """The addresses of all memories that `model` makes in this way, for when the model is not at hand."""
         base = model.fingerprint
         # the memory depends on encoder and scorer too
         compressor = model.legacy_fingerprint.model if self.make().needs_training else ""
-        return digest("text", base.model, base.tokenizer, compressor, self.model_dump_json(), text)
+        return Addresses((base.model, base.tokenizer, compressor, self.model_dump_json()))
 
     @model_validator(mode="before")
     @classmethod
@@ -110,6 +115,21 @@ class CompressOptions(Frozen):
         old = dict(data)
         ratio = old.pop("ratio")
         return {"method": "nugget2d", "ratio": ratio, "config": {RENAMED.get(key, key): old[key] for key in old}}
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Content addresses of what one model makes of texts in one way.
+
+    Attributes:
+        made: digests of the base, the tokenizer and the compressor, and the options as JSON.
+    """
+
+    made: tuple[str, ...]
+
+    def of(self, text: str) -> str:
+        """See `CompressOptions.address`."""
+        return digest("text", *self.made, text)
 
 
 def digest(kind: str, *parts: str) -> str:
