@@ -1,19 +1,26 @@
 """Every command behind terminals, pipes and folders of all kinds: no traceback, whatever the caller's are like."""
 
+import json
 import os
+import pty
+import pwd
 import shutil
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import pytest
 
 import tiny
 from cli_fixtures import TEXT, save_tiny_model
-from nugget2d import Nugget2D
+from nugget2d import Memory, Nugget2D
+from nugget2d.checkpoints.gguf import converted
 from nugget2d.cli.app import main
+from nugget2d.errors import OutputError
 from nugget2d.store import MemoryStore
 
 ODD = os.fsdecode(b"caf\xe9 \x1b[31m\n\xc3\xa9.txt")  # Latin-1, an escape sequence, a newline, UTF-8
@@ -193,3 +200,93 @@ def test_a_working_folder_that_was_removed(command: str, place: Place, tmp_path:
         assert (
             done.stderr == b"error: cannot use the working folder: No such file or directory; change to another one\n"
         )
+
+
+@every_command
+def test_no_home_folder(command: str, place: Place, tmp_path: Path) -> None:
+    """Neither $HOME nor an entry of this user, as in some containers."""
+
+    def leave() -> None:
+        for name in ("HOME", "NUGGET2D_CACHE", "XDG_CACHE_HOME"):
+            os.environ.pop(name, None)
+
+        def getpwuid(number: int) -> NoReturn:
+            raise KeyError(number)
+
+        pwd.getpwuid = getpwuid
+
+    arguments = [argument for argument in COMMANDS[command](place) if argument not in ("--store", place.store)]
+    done = ended(arguments, tmp_path, before=leave)
+    assert done.code in (0, 1, 2) and b"Traceback" not in done.stderr, done.stderr.decode()
+    if command.startswith("store "):
+        saying = b"error: there is no home folder for ~/.nugget2d/store; set HOME, or give a whole path\n"
+        assert done.stderr == saying or command in NO_COMMAND
+
+
+def test_a_gguf_without_home_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("NUGGET2D_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "expanduser", _no_home)
+    (tmp_path / "a.gguf").write_bytes(b"")
+    with pytest.raises(OutputError, match="set NUGGET2D_CACHE to a folder"):
+        converted(tmp_path / "a.gguf")
+
+
+def _no_home(path: Path) -> NoReturn:
+    raise RuntimeError("Could not determine home directory.")
+
+
+# ---- what is printed ----
+
+
+def test_what_an_encoding_cannot_show_is_escaped(place: Place, tmp_path: Path) -> None:
+    names = {"utf-8": "0 ⟦日本⟧ é", "cp1252": r"0 \u27e6\u65e5\u672c\u27e7 é"}
+    for encoding, name in names.items():
+        shown = ended(COMMANDS["store list"](place), tmp_path, encoding=encoding).stdout.decode(encoding)
+        assert name in shown and r"caf\xe9 " in shown
+    shown = ended(COMMANDS["inspect"](place), tmp_path, encoding="ascii").stdout.decode("ascii")
+    assert r"nuggets are between \u27e6 and \u27e7" in shown
+    listed = ended(COMMANDS["store list --json"](place), tmp_path, encoding="ascii").stdout
+    assert [record["name"] for record in json.loads(listed)] == ["0 ⟦日本⟧ é", "1 ⟦日本⟧ é"]
+
+
+def test_messages_command_no_terminal(tmp_path: Path) -> None:
+    """A file's name is in its message, on one line and without the escape sequence that it holds."""
+    done = ended(["compress", tmp_path / ODD, "-o", tmp_path / "a"], tmp_path)
+    assert is_one_line(done.stderr) and "caf\\xe9 \u241b[31m é.txt" in done.stderr.decode()
+
+
+@pytest.mark.e2e
+def test_a_terminal_of_few_characters(place: Place, tmp_path: Path) -> None:
+    """Spinner and bars, on a terminal whose encoding has no other characters than ASCII."""
+    near, far = pty.openpty()
+    command = [sys.executable, "-m", "nugget2d", *map(str, COMMANDS["compress"](place))]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "TERM": "xterm"}
+    process = subprocess.Popen(command, stdin=far, stdout=far, stderr=far, env=environment)
+    os.close(far)
+    shown = b""
+    with suppress(OSError):  # at its end
+        while part := os.read(near, 4096):
+            shown += part
+    os.close(near)
+    assert process.wait(timeout=60) == 0 and b"loading model" in shown
+    assert shown.isascii() and b"\\u" not in shown
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("redirection", "code", "saying"),
+    [
+        ("<&-", 1, "error: cannot read standard input: Bad file descriptor\n"),
+        (">&-", 1, "error: cannot write standard output: Bad file descriptor\n"),
+        ("2>&-", 0, ""),
+    ],
+)
+def test_a_closed_stream_of_a_process(redirection: str, code: int, saying: str, place: Place, tmp_path: Path) -> None:
+    """As Python starts with it; the file that is written gets no number that a library prints to."""
+    command = [sys.executable, "-m", "nugget2d", *map(str, COMMANDS["compress -"](place))]
+    shell = ["sh", "-c", f'"$@" {redirection}', "sh", *command]
+    done = subprocess.run(shell, input=TEXT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, saying)
+    if redirection != "<&-":
+        assert Memory.load(place.out / "a.nugget").num_chars == len(TEXT)

@@ -97,7 +97,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
         listener.listen()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError, UnicodeError) as error:  # of a name that cannot be encoded, too
         listener.close()
         raise InputError(f"cannot listen on {address(host, port)}: {error}; choose another --host or --port") from error
     return listener

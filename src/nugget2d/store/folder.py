@@ -10,6 +10,7 @@ same lock, after a check that its file (still) exists: no order of events leaves
 a new store is created under another name and then linked into place.
 """
 
+import os
 import sqlite3
 import tempfile
 import threading
@@ -54,7 +55,11 @@ class Folder:
         """
         self._index, self._memories = path / "index.db", path / "memories"
         self._lock = threading.RLock()
-        if not self._index.is_file():
+        try:
+            made = self._index.is_file()
+        except OSError as error:  # such as a name that is too long
+            raise StoreError(f"cannot open a store at {path}: {error.strerror}") from error
+        if not made:
             if not create:
                 raise StoreError(f"there is no store at {path}; `nugget2d store add` creates one")
             self._make()
@@ -249,7 +254,7 @@ class Folder:
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         db = sqlite3.connect(
-            f"file:{quote(str(self._index.absolute()))}?{mode}",
+            f"file:{quote(os.fsencode(self._index.absolute()))}?{mode}",
             uri=True,
             timeout=BUSY_SECONDS,
             isolation_level=None,  # transactions begin and end explicitly

@@ -293,7 +293,7 @@ class Recipe(Frozen):
     """
 
     name: str
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(1 << 63), lt=1 << 63)
     out: str
     data: DataConfig
     tokenizer: TokenizerConfig | None = None
@@ -334,6 +334,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{path} is nested too deeply; see recipes/smoke.yaml") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
