@@ -23,8 +23,8 @@ from nugget2d.cli.options import current_option
 from nugget2d.cli.reconstruct import reconstruct
 from nugget2d.cli.serve import serve
 from nugget2d.cli.shared import INTERRUPTED, say
+from nugget2d.cli.stdio import guarded, prepare
 from nugget2d.cli.store import store
-from nugget2d.cli.streams import guarded, prepare
 from nugget2d.cli.train import train
 from nugget2d.errors import InputError, NuggetError
 

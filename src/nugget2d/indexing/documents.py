@@ -4,8 +4,9 @@ import json
 import lzma
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
@@ -14,6 +15,8 @@ from nugget2d.files import read_text
 
 SUFFIXES = (".txt", ".md")  # in any case
 MAX_BYTES = 1 << 26  # of a document: some 16 million tokens; what is longer may not fit into memory
+
+TOGETHER = 16  # documents that a store is asked for side by side
 
 
 class Document(NamedTuple):
@@ -81,7 +84,7 @@ class Corpus:
 
     source: Path
     chars: int
-    known: Callable[[str], bool] | None = None
+    known: Callable[[Sequence[str]], list[bool]] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """Batch after batch.
@@ -104,11 +107,14 @@ class Corpus:
             yield batch
 
     def _entries(self) -> Iterator[Document | Outcome]:
-        for entry in documents(self.source):
-            if self.known is not None and isinstance(entry, Document) and self.known(entry.text):
-                yield Done(entry.name, 0)
-            else:
-                yield entry
+        entries = documents(self.source)
+        if self.known is None:
+            yield from entries
+            return
+        while part := list(islice(entries, TOGETHER)):
+            known = iter(self.known([entry.text for entry in part if isinstance(entry, Document)]))
+            for entry in part:
+                yield Done(entry.name, 0) if isinstance(entry, Document) and next(known) else entry
 
 
 def _is_folder(source: Path) -> bool:

@@ -6,14 +6,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
-from nugget2d.errors import InputError
+from nugget2d.errors import InputError, StoreError
 from nugget2d.indexing.clusters import run_on_cluster
 from nugget2d.indexing.documents import Corpus, Failure, count
 from nugget2d.indexing.processes import run_in_processes
-from nugget2d.indexing.work import Job, addresses
-from nugget2d.methods.options import Addresses
+from nugget2d.indexing.work import Job, Known
 from nugget2d.store import MemoryStore
-from nugget2d.store.record import record_id
 
 BATCH_CHARS = 32_768  # some 8,000 tokens: what the model encodes at once
 EngineName = Literal["process", "ray"]
@@ -44,23 +42,6 @@ class Summary:
         return self.added + self.known + len(self.failures)
 
 
-@dataclass(frozen=True)
-class Known:
-    """Tells whether a store had the memory of a text when the run began.
-
-    Attributes:
-        addresses: of what the run makes.
-        ids: of the store's records.
-    """
-
-    addresses: Addresses
-    ids: set[str]
-
-    def __call__(self, text: str) -> bool:
-        """Whether it had."""
-        return record_id(self.addresses.of(text), "") in self.ids
-
-
 def index(
     source: Path,
     job: Job,
@@ -87,9 +68,12 @@ def index(
     start, total, summary = perf_counter(), count(source), Summary()
     if not total:
         raise InputError(f"there is nothing to index in {source}: no .txt or .md file, or no line of JSON")
-    with MemoryStore(job.store) as store:  # checked before workers are started
-        ids = store.ids()
-    known = Known(addresses(job), ids) if ids else None
+    known = None
+    try:
+        MemoryStore(job.store, create=False).close()
+        known = Known.to(job)
+    except StoreError:  # there is none, or it cannot be opened: said here, before workers are started
+        MemoryStore(job.store).close()
     for outcomes in ENGINES[engine](job, Corpus(source, BATCH_CHARS, known), workers):
         for outcome in outcomes:
             if isinstance(outcome, Failure):

@@ -3,6 +3,10 @@
 The engines (processes.py, clusters.py) distribute batches of documents to workers.
 """
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,14 +39,37 @@ class Job(Frozen):
     tags: tuple[str, ...] = ()
 
 
-def addresses(job: Job) -> Addresses:
-    """Where a job stores its memories. Its model is loaded for that, and not kept.
+@dataclass(frozen=True)
+class Known:
+    """Tells which texts need no compressing, as the job's store has their memories.
 
-    Raises:
-        ModelError, InputError: see `Nugget2D.from_pretrained` and `CompressOptions.of`.
+    Attributes:
+        store: what `MemoryStore` opens, when the first text comes.
+        addresses: of what the job makes.
     """
-    model = _load(job, "cpu")
-    return CompressOptions.of(model, **job.options).addresses(model)
+
+    store: str
+    addresses: Addresses
+
+    @staticmethod
+    def to(job: Job) -> "Known":
+        """Of a job. Its model is loaded for the addresses, and not kept.
+
+        Raises:
+            ModelError, InputError: see `Nugget2D.from_pretrained` and `CompressOptions.of`.
+        """
+        model = _load(job, "cpu")
+        return Known(job.store, CompressOptions.of(model, **job.options).addresses(model))
+
+    @cached_property
+    def _opened(self) -> MemoryStore:
+        return MemoryStore(self.store)
+
+    def __call__(self, texts: Sequence[str]) -> list[bool]:
+        """Whether the store has each: in threads, as one in a bucket takes a request for each."""
+        keys = map(self.addresses.of, texts)
+        with ThreadPoolExecutor(max(1, len(texts))) as pool:
+            return [record is not None for record in pool.map(self._opened.at, keys)]
 
 
 class Worker:

@@ -70,9 +70,6 @@ class Backend(Protocol):
     def record(self, record_id: str) -> Record | None:
         """The record of that id, if there is one."""
 
-    def ids(self) -> set[str]:
-        """The ids of all records."""
-
     def records(self) -> list[Record]:
         """All records, oldest first."""
 

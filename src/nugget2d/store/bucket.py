@@ -103,10 +103,6 @@ class Bucket:
         row = self._row(_row_name(record_id))
         return None if row is None else read_record(record_id, row.text)
 
-    def ids(self) -> set[str]:
-        """See `Backend`; one listing."""
-        return {_id(name) for name in self._list("records/")}
-
     def records(self) -> list[Record]:
         """See `Backend`."""
         return [entry.record for entry in self.entries()]

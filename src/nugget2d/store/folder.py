@@ -85,10 +85,6 @@ class Folder:
         rows = self._rows("SELECT record FROM records WHERE id = ?", record_id)
         return read_record(record_id, rows[0][0]) if rows else None
 
-    def ids(self) -> set[str]:
-        """See `Backend`."""
-        return {record_id for (record_id,) in self._rows("SELECT id FROM records")}
-
     def records(self) -> list[Record]:
         """See `Backend`."""
         rows = self._rows("SELECT id, record FROM records ORDER BY created, id")

@@ -155,10 +155,6 @@ class MemoryStore:
             raise _unknown(id)
         return record
 
-    def ids(self) -> set[str]:
-        """The ids of all records, of every owner: by one request, whatever their number."""
-        return self._backend.ids()
-
     def records(self, *, owner: str | None = None, tag: str | None = None) -> list[Record]:
         """All records of an owner, with a tag, oldest first."""
         return [record for record in self._backend.records() if _wanted(record, owner, tag)]
