@@ -99,6 +99,7 @@ COMMANDS: dict[str, Command] = {
     "bench breakeven": lambda at: ["bench", "breakeven", "-o", at.out / "b", "--lengths", ODD],
 }
 NO_COMMAND = ("help", "help of a command", "wrong usage")
+pytestmark = pytest.mark.e2e  # each test starts processes, most of them by a fork
 every_command = pytest.mark.parametrize("command", COMMANDS)
 
 
@@ -256,7 +257,6 @@ def test_messages_command_no_terminal(tmp_path: Path) -> None:
     assert is_one_line(done.stderr) and "caf\\xe9 \u241b[31m é.txt" in done.stderr.decode()
 
 
-@pytest.mark.e2e
 def test_a_terminal_of_few_characters(place: Place, tmp_path: Path) -> None:
     """Spinner and bars, on a terminal whose encoding has no other characters than ASCII."""
     near, far = pty.openpty()
@@ -273,7 +273,6 @@ def test_a_terminal_of_few_characters(place: Place, tmp_path: Path) -> None:
     assert shown.isascii() and b"\\u" not in shown
 
 
-@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("redirection", "code", "saying"),
     [

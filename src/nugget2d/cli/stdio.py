@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO
 
 from nugget2d.cli.shared import say
 
@@ -54,7 +55,7 @@ def guarded() -> Iterator[None]:
         raise SystemExit(1) from error
 
 
-def _discard(stream: object) -> None:
+def _discard(stream: TextIO) -> None:
     """Redirect a stream to the null device: Python flushes it at exit, which would fail again."""
     with suppress(OSError):  # tests have streams without a number
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
