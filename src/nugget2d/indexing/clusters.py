@@ -8,13 +8,11 @@ import os
 import pickle
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nugget2d.errors import InputError, NuggetError, StoreError
-from nugget2d.files import expand_home
 from nugget2d.indexing.documents import Batch, Outcome
 from nugget2d.indexing.work import AGAIN, Job, Worker
 
@@ -48,13 +46,7 @@ def run_on_cluster(job: Job, batches: Iterable[Batch], workers: int) -> Iterator
     except ImportError as error:
         raise InputError("the engine 'ray' needs more packages: pip install 'nugget2d[ray]'") from error
 
-    store, model = job.store, job.model
-    job = job.model_copy(  # actors start in another folder
-        update={
-            "store": store if "://" in store else str(expand_home(store).absolute()),
-            "model": str(Path(model).absolute()) if Path(model).is_dir() else model,
-        }
-    )
+    job = job.from_any_folder()  # actors start in another one
     here = not ray.is_initialized()
     if here:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)

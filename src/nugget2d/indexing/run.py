@@ -71,10 +71,11 @@ def index(
     known = None
     try:
         MemoryStore(job.store, create=False).close()
-        known = Known.to(job)
     except StoreError:  # there is none, or it cannot be opened: said here, before workers are started
         MemoryStore(job.store).close()
-    for outcomes in ENGINES[engine](job, Corpus(source, BATCH_CHARS, known), workers):
+    else:
+        known = Known.to(job)
+    for outcomes in ENGINES[engine](job, Corpus(source.absolute(), BATCH_CHARS, known), workers):
         for outcome in outcomes:
             if isinstance(outcome, Failure):
                 summary.failures.append(outcome)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pydantic import Field
 from transformers.utils import logging
 
 from nugget2d.config import Frozen
+from nugget2d.files import expand_home
 from nugget2d.indexing.documents import Batch, Document, Done, Failure, Outcome
 from nugget2d.memory.memory import Memory
 from nugget2d.methods.options import Addresses, CompressOptions
@@ -38,13 +40,23 @@ class Job(Frozen):
     options: dict[str, Any] = Field(default_factory=dict)
     tags: tuple[str, ...] = ()
 
+    def from_any_folder(self) -> "Job":
+        """The same with whole paths, for processes that start in another folder."""
+        store, model = self.store, self.model
+        return self.model_copy(
+            update={
+                "store": store if "://" in store else str(expand_home(store).absolute()),
+                "model": str(Path(model).absolute()) if Path(model).is_dir() else model,
+            }
+        )
+
 
 @dataclass(frozen=True)
 class Known:
     """Tells which texts need no compressing, as the job's store has their memories.
 
     Attributes:
-        store: what `MemoryStore` opens, when the first text comes.
+        store: what `MemoryStore` opens, when the first text comes, from any folder.
         addresses: of what the job makes.
     """
 
@@ -59,11 +71,11 @@ class Known:
             ModelError, InputError: see `Nugget2D.from_pretrained` and `CompressOptions.of`.
         """
         model = _load(job, "cpu")
-        return Known(job.store, CompressOptions.of(model, **job.options).addresses(model))
+        return Known(job.from_any_folder().store, CompressOptions.of(model, **job.options).addresses(model))
 
     @cached_property
     def _opened(self) -> MemoryStore:
-        return MemoryStore(self.store)
+        return MemoryStore(self.store, create=False)
 
     def __call__(self, texts: Sequence[str]) -> list[bool]:
         """Whether the store has each: in threads, as one in a bucket takes a request for each."""
