@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidatorFunctionWrapHandler,
@@ -85,8 +84,6 @@ class Generating(Sent):
         stream_options: see there.
         user: ignored.
     """
-
-    model_config = ConfigDict(allow_inf_nan=False)
 
     model: str
     memory_ids: Few[str] = Field(default=[], max_length=64)
@@ -218,8 +215,6 @@ class MemoryRequest(Sent):
         dtype: how states are kept.
         options: other options of the method.
     """
-
-    model_config = ConfigDict(allow_inf_nan=False)
 
     text: str = Field(min_length=1)
     name: Name = ""
