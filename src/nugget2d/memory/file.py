@@ -27,6 +27,7 @@ from nugget2d.memory.kv import KVPayload
 from nugget2d.memory.payload import EmbeddingsPayload, Kind, Payload, TextPayload
 from nugget2d.memory.records import MethodRecord, ReaderSpec, Segment
 from nugget2d.memory.validity import AnyPayload, require_expansion, require_finite, require_payload, require_segments
+from nugget2d.text.visible import escaped
 
 FORMAT = "nugget2d.memory"
 VERSION = 2
@@ -149,8 +150,10 @@ def _mapped(path: Path | str) -> tuple[dict[str, str], dict[str, Tensor]]:
         with Path(path).open("rb") as file:
             length = file.read(8)
             metadata = _metadata(length + file.read(min(int.from_bytes(length, "little"), HEADER_NBYTES)), path)
-        with safe_open(path, "pt") as tensors:
-            return metadata, {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+            # safetensors opens no name that is not UTF-8
+            place = path if escaped(str(path)) == str(path) else f"/dev/fd/{file.fileno()}"
+            with safe_open(place, "pt") as tensors:
+                return metadata, {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
     except OSError as error:
         raise MemoryFileError(f"cannot read memory {path}: {error.strerror or error}") from error
     except _UNREADABLE as error:
