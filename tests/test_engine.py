@@ -193,6 +193,37 @@ def test_long_work_does_not_hold_up_answers(llama: Nugget2D, start: Start, monke
         assert events[before:].index("late") >= turns
 
 
+@pytest.mark.parametrize("more", [{}, {"target_accuracy": 1.0, "exact": True}], ids=["steps", "exact"])
+def test_a_compression_without_end_has_a_time_limit(
+    more: dict[str, Any], llama: Nugget2D, start: Start, endless: None
+) -> None:
+    """It neither holds up answers, nor leaves a trace in what they compute."""
+    made = start(llama)
+    alone, bystander = (Client(llama, max_new_tokens=60) for _ in range(2))
+    made.submit(alone.job)
+    wanted = alone.text()
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    how = CompressOptions.of(llama, ratio=4, optimize_steps=10**6, **more)
+    made.submit(Compression(tiny.TEXT, 1000, how, emit=events.put, seconds=1))
+    made.submit(bystander.job)
+    assert bystander.text() == wanted
+    ended = events.get(timeout=30)
+    assert isinstance(ended, Failed) and isinstance(ended.error, TimeLimitError)
+
+
+def test_a_prefill_pauses(llama: Nugget2D, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nugget2d.methods.whole_context.STEP_TOKENS", 16)
+    how, text = CompressOptions.of(llama, ratio=4, method="knorm"), tiny.TEXT[:300]
+    left = list(how.make().steps(llama, [text], how.budget))
+    assert len(left) > 3 and left == sorted(left, reverse=True)
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    start(llama).submit(Compression(text, 100, how, emit=events.put, seconds=60))
+    made, wanted = events.get(timeout=60), llama.compress(text, ratio=4, method="knorm")
+    assert isinstance(made, Made)
+    for mine, theirs in zip(made.memory.keys, wanted.keys, strict=True):
+        assert torch.allclose(mine.restore(), theirs.restore(), atol=1e-4)
+
+
 def test_a_compression_is_that_of_compress(llama: Nugget2D, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nugget2d.methods.nugget.method.STEP_TOKENS", 2 * llama.config.window)
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()

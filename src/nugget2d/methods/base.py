@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from nugget2d.config import Frozen
 from nugget2d.memory.memory import Memory, MethodRecord
@@ -11,6 +11,7 @@ from nugget2d.memory.states import StoreDtype
 from nugget2d.methods.budget import Budget
 from nugget2d.modeling.network import Network
 
+T = TypeVar("T")
 M = TypeVar("M", bound="Method")
 K = TypeVar("K", bound="KVMethod")
 Progress = Callable[[int, int], None]  # (done, in all)
@@ -89,6 +90,16 @@ class KVMethod(Method):
     def bound(self: K, model: Network) -> K:
         """See `Method`."""
         return self if self.dtype is not None else self.model_copy(update={"dtype": native_dtype(model)})
+
+
+def finish(steps: Generator[Any, None, T]) -> T:
+    """What a generator returns when all of its steps are done."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            made: T = end.value
+            return made
 
 
 def native_dtype(model: Network) -> StoreDtype:

@@ -6,7 +6,7 @@ ratio 1 a memory is exactly the full context.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from nugget2d.inference.prompting import Message, split_around
 from nugget2d.memory.kv import HeadSelection, KVPayload
 from nugget2d.memory.memory import Memory, ReaderSpec, Segment
 from nugget2d.memory.states import States, StoreDtype, row_nbytes
-from nugget2d.methods.base import KVMethod, Progress, native_dtype
+from nugget2d.methods.base import KVMethod, Progress, finish, native_dtype
 from nugget2d.methods.budget import Budget
 from nugget2d.modeling.cache import cached_states
 from nugget2d.modeling.compatibility import as_cache
@@ -27,6 +27,7 @@ from nugget2d.modeling.network import Network
 from nugget2d.text.segmentation import tokenize, tokenize_after_with_offsets
 
 PREFILL_TOKENS = 2048  # read at a time; the memory that attention needs grows with it
+STEP_TOKENS = 256  # read between two pauses of `steps`
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,17 +90,27 @@ class WholeContextMethod(KVMethod):
         budget = budget or Budget(ratio=self.default_ratio)
         memories = []
         for number, text in enumerate(texts):
-            memories.append(self._compress(model, text, number, budget))
+            memories.append(finish(self._compress(model, text, number, budget, PREFILL_TOKENS)))
             if on_progress is not None:
                 on_progress(number + 1, len(texts))
         return memories
 
-    def _compress(self, model: Network, text: str, number: int, budget: Budget) -> Memory:
+    def steps(self, model: Network, texts: Sequence[str], budget: Budget | None) -> Generator[int, None, list[Memory]]:
+        """See `Method`: a part of the prefill at a time."""
+        budget = budget or Budget(ratio=self.default_ratio)
+        memories = []
+        for number, text in enumerate(texts):
+            memories.append((yield from self._compress(model, text, number, budget, STEP_TOKENS)))
+        return memories
+
+    def _compress(
+        self, model: Network, text: str, number: int, budget: Budget, step: int
+    ) -> Generator[int, None, Memory]:
         if not text:
             raise InputError(f"text {number} is empty; there is nothing to compress")
         ids, offsets = (tokenize_after_with_offsets if self.chat else tokenize)(model.tokenizer, text)
         prefix = self._prefix(model, text)
-        context = prefill(model, prefix, ids)
+        context = yield from prefill(model, prefix, ids, step)
         dtype = self.dtype or native_dtype(model)
         heads = context.keys[0].shape[0]
         nbytes = sum(2 * heads * row_nbytes(keys.shape[2], dtype) for keys in context.keys)
@@ -126,8 +137,10 @@ class WholeContextMethod(KVMethod):
         return split_around(model.tokenizer, [asked], 0, (0, len(text))).before
 
 
-def prefill(model: Network, prefix: Sequence[int], ids: Sequence[int]) -> Context:
-    """Keys and values of every token, by the base.
+def prefill(
+    model: Network, prefix: Sequence[int], ids: Sequence[int], step: int = PREFILL_TOKENS
+) -> Generator[int, None, Context]:
+    """Keys and values of every token, by the base; after every `step` tokens it yields how many are left.
 
     Raises:
         InputError: more tokens than the model was trained to read at once, or has positions for.
@@ -142,12 +155,14 @@ def prefill(model: Network, prefix: Sequence[int], ids: Sequence[int]) -> Contex
     config = model.lm.config.get_text_config(decoder=True)
     # full layers also for sliding windows, which mask nothing within the positions that were just checked
     cache = Cache(layers=[DynamicLayer() for _ in range(config.num_hidden_layers)])
-    with model.parameters_by_role.role("base"):
-        body = model.parameters_by_role.body
-        for start in range(0, whole.shape[1], PREFILL_TOKENS):
-            part = whole[:, start : start + PREFILL_TOKENS]
-            positions = torch.arange(start, start + part.shape[1], device=whole.device)
+    for start in range(0, whole.shape[1], step):
+        part = whole[:, start : start + step]
+        positions = torch.arange(start, start + part.shape[1], device=whole.device)
+        with model.parameters_by_role.role("base"):  # others may read in other roles between two parts
+            body = model.parameters_by_role.body
             body(input_ids=part, position_ids=positions[None], **as_cache(body, cache), use_cache=True)
+        if start + step < whole.shape[1]:
+            yield whole.shape[1] - start - step
     keys, values = ([layer[0] for layer in states] for states in cached_states(cache))
     return Context(model, whole, len(prefix), keys, values)
 

@@ -25,10 +25,10 @@ from nugget2d.server.service import Service
 from nugget2d.store import Record
 
 REFUSED = documented(400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
-LISTED = documented(401, 422, 500)
+LISTED = documented(401, 408, 413, 422, 429, 500, 504)
 # of the upload form; FastAPI would drop others in silence
 FIELDS = {"file", "name", "tags", "method", "ratio", "nuggets", "nbytes", "dtype", "options"}
-FOUND = documented(401, 404, 422, 500)
+FOUND = documented(401, 404, 408, 413, 422, 429, 500, 504)
 
 
 def memories(service: Service) -> APIRouter:
@@ -83,21 +83,21 @@ def memories(service: Service) -> APIRouter:
     @api.get("", responses=LISTED)
     async def listed(request: Request, tag: Annotated[str | None, Query()] = None) -> MemoryList:
         """All of them, oldest first."""
-        owner = RequestContext.of(request).owner
-        records = await service.in_thread(lambda: store.records(owner=owner, tag=tag))
+        context = RequestContext.of(request)
+        records = await service.in_thread(context, lambda: store.records(owner=context.owner, tag=tag))
         return MemoryList(data=[shown(record) for record in records])
 
     @api.get("/{id}", responses=FOUND)
     async def one(id: str, request: Request) -> StoredMemory:
         """One of them."""
-        owner = RequestContext.of(request).owner
-        return shown(await service.in_thread(lambda: store.record(id, owner=owner)))
+        context = RequestContext.of(request)
+        return shown(await service.in_thread(context, lambda: store.record(id, owner=context.owner)))
 
     @api.delete("/{id}", responses=FOUND)
     async def forget(id: str, request: Request) -> DeletedMemory:
         """Forget one; requests that read it already continue."""
-        owner = RequestContext.of(request).owner
-        await service.in_thread(lambda: store.remove(id, owner=owner))
+        context = RequestContext.of(request)
+        await service.in_thread(context, lambda: store.remove(id, owner=context.owner))
         return DeletedMemory(id=id)
 
     return api

@@ -128,9 +128,13 @@ class Service:
         for threads in (self._light, self._short, self._long):
             threads.shutdown()
 
-    async def in_thread(self, call: Callable[[], T]) -> T:
-        """What `call` returns, without holding up the event loop, for what is over soon."""
-        return await asyncio.get_running_loop().run_in_executor(self._light, call)
+    async def in_thread(self, context: RequestContext, call: Callable[[], T]) -> T:
+        """What `call` returns, without holding up the event loop, for what is over soon.
+
+        Raises:
+            TimeLimitError: the request has no time left.
+        """
+        return await self._run(self._light, context, call)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -234,18 +238,17 @@ class Service:
         return leave
 
     async def _work(self, context: RequestContext, chars: int, call: Callable[[], T]) -> T:
-        """What `call` makes of so many characters, in a thread; not begun if the request is over by then.
+        """The same for what is made of so many characters."""
+        return await self._run(self._short if chars <= PIECE else self._long, context, call)
 
-        Raises:
-            TimeLimitError: the request has no time left.
-        """
+    async def _run(self, threads: ThreadPoolExecutor, context: RequestContext, call: Callable[[], T]) -> T:
+        """What `call` returns in one of these threads; not begun if the request is over by then."""
 
         def work() -> T:
             self._require_time(context)
             return call()
 
         try:
-            threads = self._short if chars <= PIECE else self._long
             working = asyncio.get_running_loop().run_in_executor(threads, work)
             return await asyncio.wait_for(working, max(context.left, 0))
         except asyncio.TimeoutError as error:

@@ -4,7 +4,7 @@ Accuracy mostly grows with the number of nuggets, but not strictly. What is guar
 was itself measured, on the states as they will be kept, to meet the target. Fewer nuggets that meet it too may exist.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from math import ceil
 
 from nugget2d.errors import AccuracyWarning, warn
@@ -58,8 +58,11 @@ def meet_accuracy(
     target: float,
     options: EncodeOptions,
     on_progress: Callable[[int, int], None] | None,
-) -> list[SegmentResult]:
-    """A measured result of each segment, with as few nuggets as meet `target`; all open searches share batches."""
+) -> Generator[None, None, list[SegmentResult]]:
+    """A measured result of each segment, with as few nuggets as meet `target`; all open searches share batches.
+
+    It pauses after each batch.
+    """
     searches = [_Search(segment) for segment in segments]
     while rows := [(search, count) for search in searches if (count := search.next) is not None]:
         for batch in batches([search.segment for search, _ in rows], logits_limit(model)):
@@ -69,6 +72,7 @@ def meet_accuracy(
                 search.update(result, target)
             if on_progress is not None:
                 on_progress(sum(search.next is None for search in searches), len(searches))
+            yield
     return [search.result for search in searches]
 
 

@@ -17,7 +17,7 @@ from nugget2d.errors import InputError
 from nugget2d.memory.exact import ExactRecord
 from nugget2d.memory.memory import Memory
 from nugget2d.memory.states import row_nbytes
-from nugget2d.methods.base import KVMethod, Progress, native_dtype
+from nugget2d.methods.base import KVMethod, Progress, finish, native_dtype
 from nugget2d.methods.budget import Budget
 from nugget2d.methods.nugget.accuracy import meet_accuracy, warn_if_missed
 from nugget2d.methods.nugget.encoding import BATCH_TOKENS, SegmentResult, batches, encode, logits_limit, measure
@@ -73,30 +73,15 @@ class NuggetMethod(KVMethod):
         Warns:
             AccuracyWarning: some segments miss `target_accuracy`; they keep the states with the best measured accuracy.
         """
-        mine = self._for(model)
-        documents = [_cut(model, text, number) for number, text in enumerate(texts)]
-        segments = [segment for document in documents for segment in document]
-        if mine.sets_budget:
-            if budget is not None:
-                raise InputError(
-                    "target_accuracy chooses the ratio: give one of them, or optimize_steps as well, to stop at that "
-                    "accuracy"
-                )
-            results = meet_accuracy(model, segments, mine.target_accuracy or 1.0, mine, on_progress)
-        else:
-            counts = [count for document in documents for count in mine._counts(model, document, budget)]
-            results = mine._encode(model, segments, counts, on_progress)
-        if mine.target_accuracy is not None:
-            remedy = "every ratio was tried" if mine.sets_budget else "optimize longer or lower the ratio"
-            warn_if_missed(results, mine.target_accuracy, remedy)
-        ready = iter(results)
-        return [mine._assemble([next(ready) for _ in document]) for document in documents]
+        return finish(self._compress(model, texts, budget, on_progress))
 
     def steps(self, model: Network, texts: Sequence[str], budget: Budget | None) -> Generator[int, None, list[Memory]]:
-        """See `Method`: a few segments at a time."""
+        """See `Method`: a few segments at a time, or gradient steps on them."""
         mine = self._for(model)
         if mine.sets_budget or mine.optimize_steps or mine.exact:
-            return mine.compress(model, texts, budget)
+            size = sum(len(model.ids(text)[0]) for text in texts)
+            pauses = mine._compress(model, texts, budget, None)
+            return (yield from _with_size(pauses, size))
         documents = [_cut(model, text, number) for number, text in enumerate(texts)]
         left = sum(len(segment.ids) for document in documents for segment in document)
         memories = []
@@ -119,6 +104,28 @@ class NuggetMethod(KVMethod):
         model.require_compressor()
         return self.bound(model)
 
+    def _compress(
+        self, model: Network, texts: Sequence[str], budget: Budget | None, on_progress: Progress | None
+    ) -> Generator[None, None, list[Memory]]:
+        mine = self._for(model)
+        documents = [_cut(model, text, number) for number, text in enumerate(texts)]
+        segments = [segment for document in documents for segment in document]
+        if mine.sets_budget:
+            if budget is not None:
+                raise InputError(
+                    "target_accuracy chooses the ratio: give one of them, or optimize_steps as well, to stop at that "
+                    "accuracy"
+                )
+            results = yield from meet_accuracy(model, segments, mine.target_accuracy or 1.0, mine, on_progress)
+        else:
+            counts = [count for document in documents for count in mine._counts(model, document, budget)]
+            results = yield from mine._encode(model, segments, counts, on_progress)
+        if mine.target_accuracy is not None:
+            remedy = "every ratio was tried" if mine.sets_budget else "optimize longer or lower the ratio"
+            warn_if_missed(results, mine.target_accuracy, remedy)
+        ready = iter(results)
+        return [mine._assemble([next(ready) for _ in document]) for document in documents]
+
     def _counts(self, model: Network, document: Sequence[TextSegment], budget: Budget | None) -> list[int]:
         """Nuggets of each segment of one text."""
         budget = budget or Budget(ratio=self.default_ratio)
@@ -131,17 +138,17 @@ class NuggetMethod(KVMethod):
 
     def _encode(
         self, model: Network, segments: Sequence[TextSegment], counts: Sequence[int], on_progress: Progress | None
-    ) -> list[SegmentResult]:
-        def work(batch: list[int]) -> list[SegmentResult]:
+    ) -> Generator[None, None, list[SegmentResult]]:
+        def work(batch: list[int]) -> Generator[None, None, list[SegmentResult]]:
             encoded = encode(model, [segments[i] for i in batch], [counts[i] for i in batch], self)
             if self.optimize_steps:
                 target = 1.0 if self.target_accuracy is None else self.target_accuracy
-                return optimize(model, encoded, self.optimize_steps, target)
+                return (yield from optimize(model, encoded, self.optimize_steps, target))
             return measure(model, encoded) if self.exact else encoded
 
         limit = optimize_limit(model) if self.optimize_steps else BATCH_TOKENS
         limit = min(limit, logits_limit(model)) if self.optimize_steps or self.exact else limit
-        return _in_batches(segments, limit, work, on_progress)
+        return (yield from _in_batches(segments, limit, work, on_progress))
 
     def _assemble(self, document: Sequence[SegmentResult]) -> Memory:
         memory = Memory.join([result.memory for result in document])
@@ -167,16 +174,28 @@ def _cut(model: Network, text: str, number: int) -> list[TextSegment]:
     return segments
 
 
+def _with_size(pauses: Generator[None, None, list[Memory]], size: int) -> Generator[int, None, list[Memory]]:
+    """The same pauses, each with a number: how much is left is not known."""
+    while True:
+        try:
+            next(pauses)
+        except StopIteration as end:
+            memories: list[Memory] = end.value
+            return memories
+        yield size
+
+
 def _in_batches(
     segments: Sequence[TextSegment],
     limit: int,
-    work: Callable[[list[int]], list[SegmentResult]],
+    work: Callable[[list[int]], Generator[None, None, list[SegmentResult]]],
     on_progress: Progress | None,
-) -> list[SegmentResult]:
-    """`work` on the indices of batch after batch; its results in the order of `segments`."""
+) -> Generator[None, None, list[SegmentResult]]:
+    """`work` on the indices of batch after batch, with pauses; its results in the order of `segments`."""
     results: dict[int, SegmentResult] = {}
     for batch in batches(segments, limit):
-        results |= zip(batch, work(batch), strict=True)
+        results |= zip(batch, (yield from work(batch)), strict=True)
         if on_progress is not None:
             on_progress(len(results), len(segments))
+        yield
     return [results[index] for index in range(len(segments))]

@@ -10,7 +10,7 @@ At accuracy 1 under teacher forcing every token is the greedy choice given the t
 reconstructs the segment exactly. Below 1, tokens after the first error may differ as well.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 
 import torch
@@ -38,13 +38,19 @@ def optimize_limit(model: Network) -> int:
     return max(1, logits_limit(model) // 4)
 
 
-def optimize(model: Network, results: Sequence[SegmentResult], steps: int, target: float) -> list[SegmentResult]:
-    """Measured results, those below `target` after at most `steps` gradient steps; no accuracy is lower than before."""
+def optimize(
+    model: Network, results: Sequence[SegmentResult], steps: int, target: float
+) -> Generator[None, None, list[SegmentResult]]:
+    """Measured results, those below `target` after at most `steps` gradient steps; no accuracy is lower than before.
+
+    It pauses after each step.
+    """
     measured = measure(model, results)
     rows = [row for row, result in enumerate(measured) if result.accuracy < target]
     if rows:
         with torch.enable_grad():
-            optimized = _Descent(model, [measured[row] for row in rows]).run(steps, target)
+            descent = _Descent(model, [measured[row] for row in rows])
+        optimized = yield from descent.run(steps, target)
         for row, result in zip(rows, measure(model, optimized), strict=True):
             if result.accuracy >= measured[row].accuracy:
                 measured[row] = result
@@ -74,7 +80,8 @@ class _Descent:
         self.best_accuracy = torch.full_like(self.lengths, -1, dtype=torch.float32)
         self.best_loss = torch.full_like(self.best_accuracy, torch.inf)
 
-    def run(self, steps: int, target: float) -> list[SegmentResult]:
+    @torch.enable_grad()  # not while it pauses
+    def run(self, steps: int, target: float) -> Generator[None, None, list[SegmentResult]]:
         """The results with the best states: those of highest accuracy, then lowest loss."""
         optimizer = torch.optim.Adam(self.change, lr=STEP)
         rows = torch.arange(len(self.results), device=self.model.device)
@@ -95,6 +102,7 @@ class _Descent:
                 change.grad = gradient
             optimizer.step()
             rows = rows[active]
+            yield
         return [self._result(row) for row in range(len(self.results))]
 
     def _scale(self) -> Tensor:
