@@ -125,7 +125,7 @@ def test_clients_who_leave(server: Attacked) -> None:
 
 
 def test_one_memory_named_often(server: Attacked) -> None:
-    made, _ = server.post("/v1/memories", {"text": "The sea was calm. " * 400, "ratio": 1})
+    made, _ = server.post("/v1/memories", {"text": "The sea was calm. " * 400, "ratio": 1, "dtype": "float32"})
     memory = made.json()
     assert memory["bytes"] > 15 * MB
     server.attack_begins()
@@ -138,11 +138,11 @@ def test_one_memory_named_often(server: Attacked) -> None:
 
 
 def test_a_memory_as_large_as_its_text_allows(server: Attacked) -> None:
-    text = "The sea was calm. " * 22_000
-    response, seconds = server.post("/v1/memories", {"text": text, "ratio": 1})
+    text, whole = "The sea was calm. " * 22_000, {"ratio": 1, "dtype": "float32"}
+    response, seconds = server.post("/v1/memories", {"text": text, **whole})
     assert response.status_code == 413 and seconds < 5
     assert "500,000,000 for requests" in response.json()["error"]["message"]
-    response, seconds = server.post("/v1/memories", {"text": text[:15_000], "ratio": 1})
+    response, seconds = server.post("/v1/memories", {"text": text[:15_000], **whole})
     assert response.status_code == 413 and seconds < 5
     assert "of 40,000,000 are taken" in response.json()["error"]["message"]
     assert server.growth < 250 * MB

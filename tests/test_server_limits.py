@@ -158,7 +158,7 @@ def test_default_memory_is_half_of_what_there_is(tmp_path: Path, monkeypatch: py
 def test_requests_that_need_more_memory_than_there_is(llama: Nugget2D, tmp_path: Path) -> None:
     with serving(llama, tmp_path, max_memory=1 << 20, max_bytes=1 << 20) as server:
         for path, body in (
-            ("/v1/memories", {"text": tiny.TEXT[:900], "ratio": 1}),
+            ("/v1/memories", {"text": tiny.TEXT[:900], "ratio": 1, "dtype": "float32"}),
             ("/v1/completions", ASK | {"max_tokens": 1000}),
             ("/v1/completions", ASK | {"prompt": "a" * 2000}),
             ("/v1/completions", ASK | {"prompt": "a" * 200_000}),
@@ -261,16 +261,16 @@ def test_time_limits_hold_while_texts_are_read(llama: Nugget2D, tmp_path: Path) 
 
 def test_an_owner_keeps_as_much_as_it_may(llama: Nugget2D, tmp_path: Path) -> None:
     with serving(llama, tmp_path, ("one", "two"), max_stored=20_000) as server:
-        texts = [tiny.TEXT[start : start + 150] for start in range(0, 900, 150)]
-        answers = at_once(6, lambda number: post(server, "/v1/memories", {"text": texts[number], "ratio": 2}, "one"))
+        texts, how = [tiny.TEXT[start : start + 150] for start in range(0, 900, 150)], {"ratio": 2, "dtype": "float32"}
+        answers = at_once(6, lambda number: post(server, "/v1/memories", {"text": texts[number], **how}, "one"))
         kept = [answer.json() for answer in answers if answer.status_code == 201]
         refused = [answer for answer in answers if answer.status_code == 413]
         assert len(kept) + len(refused) == 6 and kept and refused
         assert sum(memory["bytes"] for memory in kept) <= 20_000
         error = refused[0].json()["error"]
         assert error["code"] == "too_large" and "of 20,000 are taken; delete memories" in error["message"]
-        assert post(server, "/v1/memories", {"text": texts[0], "ratio": 2}, "two").status_code == 201
-        body = {"text": texts[answers.index(refused[0])], "ratio": 2}
+        assert post(server, "/v1/memories", {"text": texts[0], **how}, "two").status_code == 201
+        body = {"text": texts[answers.index(refused[0])], **how}
         assert soon(lambda: not server.service._quota._coming)
         assert post(server, "/v1/memories", body, "one").status_code == 413
         with server.http("one") as http:

@@ -271,9 +271,11 @@ class Service:
             raise InputError("the text is empty; there is nothing to compress")
         made = self._costs.memory(self._model, settings, tokens)
         context.held.take(self._costs.compression(made, tokens))
-        owner = context.owner
-        stored = lambda: sum(record.nbytes for record in self.store.records(owner=owner))  # noqa: E731 - one argument
-        context.at_end(self._quota.take(owner, made, stored))
+
+        def stored() -> int:
+            return sum(record.nbytes for record in self.store.records(owner=context.owner))
+
+        context.at_end(self._quota.take(context.owner, made, stored))
         return tokens
 
     def _load(self, context: RequestContext, ids: Sequence[str]) -> tuple[Memory | None, int]:
