@@ -72,7 +72,7 @@ def main() -> None:
     for ratio in options.ratios:
         with tempfile.TemporaryDirectory() as folder, MemoryStore(folder) as store:
             fill(store, model, kept, ratio)
-            found = measure(lambda query: [hit.record.name for hit in store.search(model, query)])
+            found = measure(lambda query: [hit.record.name for hit in store.search(query)])
         results.append({"ranking": f"store search, ratio {ratio:g}", **found})
     keys = list(results[0])
     print(markdown_table(keys, [[result[key] for key in keys] for result in results]))

@@ -231,11 +231,11 @@ def test_a_store_keeps_it(make: Callable[[Nugget2D], Memory], plain: Nugget2D, t
         record = store.put(make(plain), model=plain, name="short")
         assert store.get(record.id).checksum == make(plain).checksum
         plainly = store.put(plain.compress("Nothing alike: 0123456789", ratio=1), model=plain)
-        hits = store.search(plain, "lighthouse keeper")
+        hits = store.search("lighthouse keeper")
         assert (record.id in {hit.record.id for hit in hits}) == (make is text_memory)  # embeddings tell no words
         if make is text_memory:
             assert hits[0].record.id == record.id and (hits[0].start, hits[0].end) == (0, len(TEXT))
-        assert store.search(plain, "0123456789")[0].record.id == plainly.id
+        assert store.search("0123456789")[0].record.id == plainly.id
 
 
 # ---- heads that differ ----

@@ -609,7 +609,7 @@ def test_a_store_keeps_and_finds_it(method: str, model: Nugget2D, tmp_path: Path
         assert record.settings is not None and record.settings.method == method
         spans = {(segment.start, segment.end) for segment in store.get(record.id).segments}
         words = decode_tokens(model, store.get(record.id))
-        hits = store.search(model, model.text(torch.cat(words).tolist()))
+        hits = store.search(model.text(torch.cat(words).tolist()))
         assert (hits[0].record.id, (hits[0].start, hits[0].end) in spans) == (record.id, True)
 
 

@@ -74,7 +74,7 @@ def test_search_knows_words_that_no_nugget_was_chosen_for(nano: Nugget2D, tmp_pa
     with MemoryStore(tmp_path) as store:
         for number, part in enumerate(parts):
             store.add(nano, part, ratio=20, name=str(number))
-        found = [store.search(nano, part[150:300], top=1)[0].record.name for part in parts]
+        found = [store.search(part[150:300], top=1)[0].record.name for part in parts]
     assert found == [str(number) for number in range(len(parts))] and len(parts) > 3
 
 

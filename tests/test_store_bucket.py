@@ -72,7 +72,7 @@ def test_it_behaves_like_a_folder(store: MemoryStore, options: dict[str, Any], l
         ]
         for record in there:
             assert store.get(record.id).checksum == folder.get(record.id).checksum
-        found, expected = (place.search(llama, "Beans behind the wall.") for place in (store, folder))
+        found, expected = (place.search("Beans behind the wall.") for place in (store, folder))
         assert [(hit.record.id, hit.score, hit.start, hit.end) for hit in found] == [
             (hit.record.id, hit.score, hit.start, hit.end) for hit in expected
         ]

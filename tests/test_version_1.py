@@ -82,7 +82,7 @@ def test_a_store_is_read_searched_and_goes_on(nano: Nugget2D, store: MemoryStore
     assert records["lighthouse"].settings.ratio == 20
     assert records["two"].settings.config["exact"] is True
     assert nano.reconstruct(store.get(records["two"].id)).startswith(EXPECTED["short"])
-    assert [hit.record.name for hit in store.search(nano, "ships at night")] == ["lighthouse", "two"]
+    assert [hit.record.name for hit in store.search("ships at night", model=nano)] == ["lighthouse", "two"]
     assert store.verify() == []
     store.add(nano, "Ships pass the lighthouse at night.", name="new")
-    assert {hit.record.name for hit in store.search(nano, "ships at night")} == {"lighthouse", "two", "new"}
+    assert {hit.record.name for hit in store.search("ships at night", model=nano)} == {"lighthouse", "two", "new"}

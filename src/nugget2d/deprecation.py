@@ -1,4 +1,4 @@
-"""Former names of keywords and attributes: they work for one release, and warn with the current name."""
+"""Former names of keywords and attributes, and former places of arguments: they work for one release, and warn."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -26,6 +26,29 @@ def renamed_keywords(**renamed: str) -> Callable[[Callable[P, R]], Callable[P, R
                     raise InputError(f"{new} is given twice, also as {old}, its former name; leave that out")
                 kwargs[new] = value
             return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def moved_argument(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator that lets a method of one argument also take two, of which the first is now its keyword `name`.
+
+    The method then raises InputError where that is given twice.
+    """
+
+    def decorate(method: Callable[P, R]) -> Callable[P, R]:
+        @wraps(method)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if len(args) != 3:
+                return method(*args, **kwargs)
+            itself, moved, argument = args
+            called = method.__name__
+            if name in kwargs:
+                raise InputError(f"{name} is given twice; leave out the first argument of {called}")
+            warn(f"{called}({name}, ...) is now {called}(..., {name}={name})", DeprecationWarning)
+            return method(itself, argument, **{**kwargs, name: moved})  # type: ignore[call-arg, arg-type]
 
         return call
 

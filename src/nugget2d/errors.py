@@ -74,6 +74,10 @@ class AccuracyWarning(UserWarning):
     """Some segments of a memory miss `target_accuracy`; each keeps the states with the best measured accuracy."""
 
 
+class SearchWarning(UserWarning):
+    """A search of a store leaves out memories whose words it does not know."""
+
+
 QualityWarning = AccuracyWarning  # the former name, for one release
 
 

@@ -16,7 +16,16 @@ from nugget2d.cli.options import (
     Tags,
     takes_compress_options,
 )
-from nugget2d.cli.shared import load_model, one_line, progress, read_source, safe_to_interrupt, say, write_stdout
+from nugget2d.cli.shared import (
+    load_model,
+    one_line,
+    progress,
+    read_source,
+    safe_to_interrupt,
+    say,
+    show_own_warnings,
+    write_stdout,
+)
 from nugget2d.errors import InputError, UnknownMemoryError
 
 if TYPE_CHECKING:
@@ -27,6 +36,10 @@ SHORT = 12  # digits of an id that are shown
 store = typer.Typer(name="store", no_args_is_help=True, help="Store memories, and find them again.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+SearchModel = Annotated[
+    str | None,
+    typer.Option("--model", help="Only memories that this model can read.", show_default="all"),
+]
 Id = Annotated[str, typer.Argument(metavar="ID", help="An id, or its first digits.")]
 
 
@@ -136,12 +149,12 @@ def search(
     store: StorePlace = DEFAULT_STORE,
     tag: Tag = None,
     top: Annotated[int, typer.Option("--top", min=1, help="How many to show.")] = 10,
-    model: ModelName = DEFAULT_MODEL,
+    model: SearchModel = None,
     json: Json = False,
 ) -> None:
-    """Search the memories of one model by words; shows the most relevant part of each."""
+    """Search the memories by words; shows the most relevant part of each."""
     with _open(store) as memories:
-        hits = memories.search(load_model(model), query, top=top, tag=tag)
+        hits = memories.search(query, top=top, tag=tag, model=None if model is None else load_model(model))
     if json:
         _print_json([{**hit._asdict(), "record": hit.record.model_dump(mode="json")} for hit in hits])
         return
@@ -173,6 +186,7 @@ def gc(store: StorePlace = DEFAULT_STORE) -> None:
 
 
 def _open(place: str, *, create: bool = False) -> "MemoryStore":
+    show_own_warnings()
     with safe_to_interrupt():
         from nugget2d.store import MemoryStore
 

@@ -2,6 +2,7 @@
 
 from nugget2d.store.backend import Damage, Swept
 from nugget2d.store.record import Record
-from nugget2d.store.store import Hit, MemoryStore
+from nugget2d.store.search import Hit
+from nugget2d.store.store import MemoryStore
 
 __all__ = ["Damage", "Hit", "MemoryStore", "Record", "Swept"]

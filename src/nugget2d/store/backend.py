@@ -1,7 +1,9 @@
 """The interface of store backends, which folder.py and bucket.py implement."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from pydantic import ValidationError
@@ -61,6 +63,16 @@ def read_record(record_id: str, text: bytes) -> Record:
         raise StoreError(f"record {record_id} is damaged; remove it and add its text again") from error
 
 
+def read_entry(record_id: str, place: str, text: bytes, words: bytes, digest: bytes) -> Entry | Damage:
+    """A record and its words, or what is wrong with them."""
+    if entry_digest(text, words) != digest:
+        return Damage(record_id, place, "its record does not match its checksum")
+    try:
+        return Entry(read_record(record_id, text), words)
+    except StoreError as error:
+        return Damage(record_id, place, str(error))
+
+
 class Backend(Protocol):
     """Records, and the memory files that they point to."""
 
@@ -73,8 +85,14 @@ class Backend(Protocol):
     def records(self) -> list[Record]:
         """All records, oldest first."""
 
-    def entries(self) -> list[Entry]:
-        """All records with their words, oldest first."""
+    words_file: Path | None
+    """Where the index of a search may lie (fulltext.py); None keeps it in memory."""
+
+    def ids(self) -> list[str]:
+        """Of all records, damaged ones too, in any order."""
+
+    def entries(self, ids: Sequence[str]) -> list[Entry | Damage]:
+        """Those of these records that there are, with their words, some hundreds at most, in any order."""
 
     def load(self, record: Record, *, verify: bool) -> Memory:
         """The memory of a record.

@@ -12,7 +12,7 @@ record was the last one.
 import json
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from uuid import uuid4
 
 from nugget2d.errors import MemoryFileError, NuggetError, StoreError, UnknownMemoryError
 from nugget2d.memory.memory import Memory
-from nugget2d.store.backend import Damage, Entry, Swept, entry_digest, read_record
+from nugget2d.store.backend import Damage, Entry, Swept, entry_digest, read_entry, read_record
 from nugget2d.store.record import Record
 
 VERSION = 2
@@ -57,6 +57,8 @@ class _Row:
 
 class Bucket:
     """See `Backend`."""
+
+    words_file = None
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         """Open the bucket at `url`; `options` are those of obstore's `from_url`.
@@ -105,12 +107,18 @@ class Bucket:
 
     def records(self) -> list[Record]:
         """See `Backend`."""
-        return [entry.record for entry in self.entries()]
+        records = [read_record(_id(name), row.text) for name, row in self._rows().items()]
+        return sorted(records, key=lambda record: (record.created, record.id))
 
-    def entries(self) -> list[Entry]:
+    def ids(self) -> list[str]:
         """See `Backend`."""
-        entries = [Entry(read_record(_id(name), row.text), row.words) for name, row in self._rows().items()]
-        return sorted(entries, key=lambda entry: (entry.record.created, entry.record.id))
+        return [_id(name) for name in self._list("records/")]
+
+    def entries(self, ids: Sequence[str]) -> list[Entry | Damage]:
+        """See `Backend`."""
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            found = list(pool.map(self._entry, ids))
+        return [entry for entry in found if entry is not None]
 
     def load(self, record: Record, *, verify: bool) -> Memory:
         """See `Backend`; the whole file is read, and its checksum is always verified."""
@@ -196,6 +204,17 @@ class Bucket:
         seen |= {name: (listed[name], row) for name, row in fetched.items() if row is not None}
         self._seen = seen
         return {name: row for name, (_, row) in seen.items()}
+
+    def _entry(self, record_id: str) -> Entry | Damage | None:
+        name = _row_name(record_id)
+        place = f"{self._url}/{name}"
+        if (data := self._read(name)) is None:
+            return None
+        try:
+            row = _Row.from_bytes(data, place)
+        except StoreError as error:
+            return Damage(record_id, place, str(error))
+        return read_entry(record_id, place, row.text, row.words, row.digest)
 
     def _row(self, name: str) -> _Row | None:
         data = self._read(name)

@@ -1,6 +1,7 @@
 """A store in a folder: `index.db` (SQLite, write-ahead log) and one safetensors file a memory.
 
     index.db              records, words, checksums of both
+    words.db              an index of the words, made again where it is missing (fulltext.py)
     memories/ab/abcd...   files named by content address; records of several owners may point to one
 
 A memory is written in this order: its file (flushed, renamed into place, folder flushed), then its row, in a
@@ -15,7 +16,7 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
@@ -23,7 +24,7 @@ from urllib.parse import quote
 from nugget2d.errors import MemoryFileError, NuggetError, OutputError, StoreError, UnknownMemoryError
 from nugget2d.files import atomic_write, sync_folder
 from nugget2d.memory.memory import Memory
-from nugget2d.store.backend import Damage, Entry, Swept, entry_digest, read_record
+from nugget2d.store.backend import Damage, Entry, Swept, entry_digest, read_entry, read_record
 from nugget2d.store.record import Record
 
 APPLICATION_ID = 0x6E756732  # "nug2": `file index.db` tells what it is
@@ -54,6 +55,7 @@ class Folder:
             StoreError: there is none, it is not a store, of a newer version, or cannot be opened.
         """
         self._index, self._memories = path / "index.db", path / "memories"
+        self.words_file = path / "words.db"
         self._lock = threading.RLock()
         try:
             made = self._index.is_file()
@@ -90,10 +92,15 @@ class Folder:
         rows = self._rows("SELECT id, record FROM records ORDER BY created, id")
         return [read_record(record_id, text) for record_id, text in rows]
 
-    def entries(self) -> list[Entry]:
+    def ids(self) -> list[str]:
         """See `Backend`."""
-        rows = self._rows("SELECT id, record, words FROM records ORDER BY created, id")
-        return [Entry(read_record(record_id, text), words) for record_id, text, words in rows]
+        return [record_id for (record_id,) in self._rows("SELECT id FROM records")]
+
+    def entries(self, ids: Sequence[str]) -> list[Entry | Damage]:
+        """See `Backend`."""
+        places = ", ".join("?" * len(ids))
+        rows = self._rows(f"SELECT id, record, words, digest FROM records WHERE id IN ({places})", *ids)
+        return [read_entry(row[0], str(self._index), *row[1:]) for row in rows]
 
     def load(self, record: Record, *, verify: bool) -> Memory:
         """See `Backend`; the file is mapped into memory, not read."""

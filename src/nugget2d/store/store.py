@@ -4,8 +4,9 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
+from nugget2d.deprecation import moved_argument
 from nugget2d.errors import InputError, UnknownMemoryError
 from nugget2d.files import expand_home
 from nugget2d.memory.memory import Memory
@@ -15,19 +16,11 @@ from nugget2d.store.backend import Backend, Damage, Entry, Swept
 from nugget2d.store.bucket import Bucket
 from nugget2d.store.folder import Folder
 from nugget2d.store.record import Record, record_id
-from nugget2d.store.words import Words, relevance
+from nugget2d.store.search import Hit, Search
+from nugget2d.store.words import Words
 from nugget2d.text.visible import escaped
 
 _DIGITS = re.compile("[0-9a-f]{32}")  # of ids and content addresses, which become parts of paths
-
-
-class Hit(NamedTuple):
-    """A memory that a search found: `start` and `end` are the characters of the part that matched best."""
-
-    record: Record
-    score: float
-    start: int
-    end: int
 
 
 class MemoryStore:
@@ -55,6 +48,7 @@ class MemoryStore:
         self._backend: Backend = (
             Bucket(str(path), options) if "://" in str(path) else Folder(expand_home(path), create=create)
         )
+        self._search = Search(self._backend)
 
     def put(
         self,
@@ -72,14 +66,14 @@ class MemoryStore:
 
         Args:
             memory: to be stored.
-            model: the one that made it. Without it, every search has to read the whole memory for its words.
+            model: the one that made it, to decode its words from its states if there is no `text`.
             key: its content address (`CompressOptions.address`); None takes its checksum.
             name: for display.
             tags: words to filter by.
             owner: its namespace.
             settings: how it was made, for the record.
-            text: what it was made of. With it a training-free memory is found by all its words, else by those whose
-                tokens can be decoded from its states.
+            text: what it was made of, to be found by its words. Without `text` and `model` only a search with `model`
+                finds the memory.
 
         Returns:
             The record; the existing one, unchanged, if this owner has this memory already.
@@ -92,9 +86,12 @@ class MemoryStore:
         if key is not None and not _DIGITS.fullmatch(key):
             raise InputError(f"{key!r} is no content address; take that of `CompressOptions.address`")
         record = Record.of(memory, key or memory.checksum, name=name, tags=tags, owner=owner, settings=settings)
-        return self._backend.keep(
-            Entry(record, b"" if model is None else _words(memory, model, text).to_bytes()), memory.to_bytes()
-        )
+        words = None
+        if text is not None:
+            words = Words.of_text(memory, text)
+        elif model is not None:
+            words = Words.of_states(memory, model)
+        return self._backend.keep(Entry(record, b"" if words is None else words.to_bytes()), memory.to_bytes())
 
     def add(
         self,
@@ -171,40 +168,40 @@ class MemoryStore:
         if not _DIGITS.fullmatch(id) or not self._backend.remove(id):
             raise _unknown(id)
 
+    @moved_argument("model")
     def search(
-        self, model: Nugget2D, query: str, *, top: int = 10, owner: str | None = None, tag: str | None = None
+        self,
+        query: str,
+        *,
+        top: int = 10,
+        owner: str | None = None,
+        tag: str | None = None,
+        model: Nugget2D | None = None,
     ) -> list[Hit]:
         """The memories most relevant to `query`, best first, each with its best segment.
 
-        Segments are compared by the tokens that are decoded from their states (words.py): of a model with
-        `config.token_readout` nearly all tokens of the text, else those that were kept. Only memories that `model` can
-        read are searched. Scores are comparable within one search only; memories without any word of the query are
-        left out.
+        Segments are compared by the words of their text where `put` was told it, else by those that `model` decodes
+        from their states, once. Case and accents make no difference, nor do endings of English words. Scores (BM25)
+        are comparable within one search only; memories without any word of the query are left out. A query without a
+        letter, a digit or a sign such as an emoji has no hits.
+
+        Args:
+            query: any text.
+            top: hits at most.
+            owner: see the class.
+            tag: only memories with it.
+            model: only memories that it can read.
+
+        Warns:
+            SearchWarning: memories are left out, because their words are damaged or need their model.
 
         Raises:
             InputError: an empty query.
+            StoreError: SQLite has no full-text search, or the store cannot be read.
         """
         if not query.strip():
             raise InputError("the query is empty; give words to search for")
-        # a word has another token at the start of a text than within
-        wanted = [token for text in (query, f" {query}") for token in model.ids(text)[0].tolist()]
-        entries = [
-            entry
-            for entry in self._backend.entries()
-            if model.recognizes(entry.record.model) and _wanted(entry.record, owner, tag)
-        ]
-        if not entries:
-            return []
-        words = [
-            Words.from_bytes(entry.words) if entry.words else Words.of(self.get(entry.record.id), model)
-            for entry in entries
-        ]
-        hits = []
-        for entry, one, scores in zip(entries, words, relevance(words, wanted), strict=True):
-            best = int(scores.argmax())
-            if scores[best] > 0:
-                hits.append(Hit(entry.record, float(scores[best]), *one.spans[best].tolist()))
-        return sorted(hits, key=lambda hit: hit.score, reverse=True)[:top]
+        return self._search(query, top, owner, tag, model)
 
     def place(self, id: str) -> str:
         """Where the file of a record is: a path that `Memory.load` reads, or a place in the bucket.
@@ -224,6 +221,7 @@ class MemoryStore:
 
     def close(self) -> None:
         """Close files and connections."""
+        self._search.close()
         self._backend.close()
 
     def __enter__(self) -> "MemoryStore":
@@ -235,13 +233,6 @@ class MemoryStore:
     ) -> None:
         """See `close`."""
         self.close()
-
-
-def _words(memory: Memory, model: Nugget2D, text: str | None) -> Words:
-    """What a memory is found by. The states of training-free memories tell only the tokens that early layers keep."""
-    if text is not None and memory.reader.role == "base" and memory.kind == "kv":
-        return Words.of_text(memory, model, text)
-    return Words.of(memory, model)
 
 
 def _unknown(id: str) -> UnknownMemoryError:

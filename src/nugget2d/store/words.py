@@ -1,77 +1,91 @@
-"""The words of a memory, decoded from its states, and their relevance to a query (BM25).
+"""`Words`: the text of each segment of a memory, by which a store finds it."""
 
-Every token that is decoded from a state (inference/token_decoding.py) counts as one; the scores of all segments are a
-product of the sparse matrix of these counts, weighted by BM25 (Robertson and Zaragoza 2009), with the query's tokens.
-"""
+from typing import TYPE_CHECKING
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from pydantic import ValidationError
 
-import numpy as np
-import safetensors.numpy
-import torch
-from numpy.typing import NDArray
+from nugget2d.config import Frozen
+from nugget2d.errors import StoreError
 
-from nugget2d.inference.token_decoding import decode_tokens
-from nugget2d.memory.memory import Memory
-from nugget2d.model import Nugget2D
-
-# BM25's usual constants: saturation of repeated tokens (k1), and penalty of long segments (b)
-SATURATION, LENGTH = 1.2, 0.75
+if TYPE_CHECKING:  # a search without a model does without torch
+    from nugget2d.memory.memory import Memory
+    from nugget2d.model import Nugget2D
 
 
-@dataclass(frozen=True, eq=False)
-class Words:
-    """The tokens of each segment of a memory.
+class Words(Frozen):
+    """The words of a memory.
 
     Attributes:
-        tokens: (m,) int32 ids, segment after segment.
-        counts: (segments,) int32, how many of them are of each segment.
-        spans: (segments, 2) int32, the characters that each segment stands for.
+        texts: of each segment, as far as they are known.
+        spans: the characters that each of them stands for.
     """
 
-    tokens: NDArray[np.int32]
-    counts: NDArray[np.int32]
-    spans: NDArray[np.int32]
+    texts: tuple[str, ...]
+    spans: tuple[tuple[int, int], ...]
 
     @staticmethod
-    def of(memory: Memory, model: Nugget2D) -> "Words":
-        """The tokens that are decoded from a memory by `model`, which made it."""
-        parts = decode_tokens(model, memory)
-        spans = [(segment.start, segment.end) for segment in memory.segments]
+    def of_text(memory: "Memory", text: str) -> "Words":
+        """Of the text that a memory was made of."""
+        whole = text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be written
+        spans = tuple((segment.start, segment.end) for segment in memory.segments)
+        return Words(texts=tuple(whole[start:end] for start, end in spans), spans=spans)
+
+    @staticmethod
+    def of_states(memory: "Memory", model: "Nugget2D") -> "Words":
+        """Of the tokens that are decoded from a memory's states by `model`, which made it."""
+        from nugget2d.inference.token_decoding import decode_texts
+
+        spans = tuple((segment.start, segment.end) for segment in memory.segments)
         if memory.kind != "kv":  # read as a whole
-            spans = [(0, memory.num_chars)]
-        counts = np.array([len(part) for part in parts], dtype=np.int32)
-        return Words(torch.cat(parts).numpy().astype(np.int32), counts, np.array(spans, dtype=np.int32))
+            spans = ((0, memory.num_chars),)
+        return Words(texts=tuple(decode_texts(model, memory)), spans=spans)
 
     @staticmethod
-    def of_text(memory: Memory, model: Nugget2D, text: str) -> "Words":
-        """All tokens of the text that a memory was made of."""
-        spans = [(segment.start, segment.end) for segment in memory.segments]
-        parts = [model.ids(text[start:end])[0].cpu().numpy().astype(np.int32) for start, end in spans]
-        counts = np.array([len(part) for part in parts], dtype=np.int32)
-        return Words(np.concatenate(parts), counts, np.array(spans, dtype=np.int32))
+    def of_tokens(data: bytes, memory: "Memory", model: "Nugget2D") -> "Words":
+        """Of what an earlier version kept (`are_tokens`): ids of `model`'s tokenizer.
+
+        Of memories that the base reads these are all tokens of the text, in order, of others those of the states, in
+        none.
+
+        Raises:
+            StoreError: they are damaged.
+        """
+        if memory.reader.role != "base":
+            return Words.of_states(memory, model)
+        import safetensors.numpy
+        from safetensors import SafetensorError
+
+        try:
+            parts = safetensors.numpy.load(data)
+            ids, spans, start = parts["tokens"].tolist(), parts["spans"].tolist(), 0
+            texts = []
+            for count in parts["counts"].tolist():
+                texts.append(model.text(ids[start : start + count]))
+                start += count
+            return Words(texts=tuple(texts), spans=tuple(map(tuple, spans)))
+        except (SafetensorError, KeyError, ValueError, TypeError, OverflowError) as error:
+            raise StoreError("its words are damaged") from error
 
     def to_bytes(self) -> bytes:
         """For a store's index."""
-        return safetensors.numpy.save({"tokens": self.tokens, "counts": self.counts, "spans": self.spans})
+        return self.model_dump_json().encode()
 
     @staticmethod
     def from_bytes(data: bytes) -> "Words":
-        """The inverse of `to_bytes`."""
-        return Words(**safetensors.numpy.load(data))
+        """The inverse of `to_bytes`.
+
+        Raises:
+            StoreError: they are damaged.
+        """
+        try:
+            words = Words.model_validate_json(data)
+        except ValidationError as error:
+            raise StoreError("its words are damaged") from error
+        if len(words.texts) != len(words.spans):
+            raise StoreError("its words are damaged")
+        return words
 
 
-def relevance(words: Sequence[Words], query: Sequence[int]) -> list[NDArray[np.float64]]:
-    """The relevance of each segment of every memory to a query of token ids: BM25 over all these segments."""
-    counts = np.concatenate([one.counts for one in words])
-    tokens = np.concatenate([one.tokens for one in words])
-    segment = np.repeat(np.arange(len(counts)), counts)
-    norms = SATURATION * (1 - LENGTH + LENGTH * counts / max(counts.mean(), 1))
-    scores = np.zeros(len(counts))
-    for token in sorted(set(query)):
-        often = np.bincount(segment[tokens == token], minlength=len(counts))
-        having = np.count_nonzero(often)
-        rarity = np.log1p((len(counts) - having + 0.5) / (having + 0.5))
-        scores += rarity * often * (SATURATION + 1) / (often + norms)
-    return np.split(scores, np.cumsum([len(one.counts) for one in words])[:-1])
+def are_tokens(data: bytes) -> bool:
+    """Whether an earlier version kept these words: as safetensors, which begin with a length in eight bytes."""
+    return data[4:8] == bytes(4)
