@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from nugget2d.cli.options import DEFAULT_MODEL, Force, ModelName, SelectionOption, finite, to_write
+from nugget2d.cli.options import DEFAULT_MODEL, Dtype, Force, ModelName, SelectionOption, finite, to_write
 from nugget2d.cli.shared import bundled_text, load_model, progress, safe_to_interrupt, say
 from nugget2d.errors import InputError
 from nugget2d.files import atomic_write
@@ -39,6 +39,10 @@ def distortion(
         ),
     ] = None,
     selection: SelectionOption = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option("--dtype", help="How to keep the states.", show_default="the model's precision"),
+    ] = None,
     force: Force = False,
 ) -> None:
     """Measure rate and distortion: fidelity, what continuation retains, bits.
@@ -61,6 +65,7 @@ def distortion(
         data_sha256=digest,
         windows=windows or (WINDOWS if data else None),
         selection=selection or compressor.config.selection,
+        dtype=dtype,
     )
     with progress("measuring", unit="window tokens") as on_progress:
         report = run_distortion(

@@ -38,9 +38,11 @@ def compress(
     if file != "-" and out.exists() and out.samefile(file):
         raise InputError(f"{out} is the text itself; give the memory another name")
     compressor = load_model(model)
+    from nugget2d.methods.options import CompressOptions
+
     start = perf_counter()
     with progress("compressing") as on_progress:
-        memory = compressor.compress(text, on_progress=on_progress, **options)
+        (memory,) = CompressOptions.to_keep(compressor, **options).compress(compressor, [text], on_progress)
     seconds = perf_counter() - start
     size = memory.save(out, force=force)
     Console().print(_report(memory, size, seconds))

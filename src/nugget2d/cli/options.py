@@ -106,9 +106,7 @@ MethodOptions = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Another option of the method; may be given several times."),
 ]
-DtypeOption = Annotated[
-    Dtype | None, typer.Option("--dtype", help="How to store the states.", show_default="the model's precision")
-]
+DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="How to store the states.", show_default="int8")]
 SelectionOption = Annotated[
     Selection | None, typer.Option("--selection", help="How nuggets are chosen.", show_default="the model's own")
 ]

@@ -25,6 +25,7 @@ from nugget2d.evaluation.teacher_forced import copy_span_profile, read_back
 from nugget2d.evaluation.windows import Window
 from nugget2d.inference.reconstruction import reconstruct_ids
 from nugget2d.memory.memory import Memory
+from nugget2d.memory.states import StoreDtype
 from nugget2d.model import Nugget2D
 
 
@@ -86,6 +87,7 @@ def measure_cell(
     reference: Reference,
     *,
     selection: SelectionName | None = None,
+    dtype: StoreDtype | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """All metrics of windows of equal length at one ratio.
@@ -96,6 +98,7 @@ def measure_cell(
         ratio: tokens for each nugget.
         reference: from `measure_reference` of the same windows.
         selection: None takes the model's own.
+        dtype: how states are kept; None keeps the model's precision.
         seed: of the bootstrap.
 
     Returns:
@@ -105,7 +108,7 @@ def measure_cell(
     """
     start = perf_counter()
     texts, targets = [window.text for window in windows], _targets(windows)
-    memories = model.compress(texts, ratio=ratio, selection=selection)
+    memories = model.compress(texts, ratio=ratio, selection=selection, dtype=dtype)
     counts = [memory.num_nuggets for memory in memories]
     read = read_back(model, memories, texts)
     tokens = [len(one.hits) for one in read]

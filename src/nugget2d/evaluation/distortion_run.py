@@ -8,6 +8,7 @@ from nugget2d.config import Frozen, NuggetConfig, SelectionName
 from nugget2d.evaluation.distortion import describe_reference, measure_cell, measure_reference
 from nugget2d.evaluation.report import environment, load_report, make_folder, write_report
 from nugget2d.evaluation.windows import sample_windows
+from nugget2d.memory.states import StoreDtype
 from nugget2d.model import Nugget2D
 from nugget2d.text.segmentation import tokenize
 
@@ -26,6 +27,7 @@ class Settings(Frozen):
         windows: of each length; None takes all that the text has.
         target: tokens after each window, to measure what continuation retains.
         selection: how nuggets are chosen.
+        dtype: how states are kept; None keeps the model's precision.
         seed: of windows and bootstrap.
     """
 
@@ -37,6 +39,7 @@ class Settings(Frozen):
     windows: int | None
     target: int = 128
     selection: SelectionName
+    dtype: StoreDtype | None = None
     seed: int = 0
 
 
@@ -100,7 +103,15 @@ def run_distortion(
         others = [entry for entry in report["lengths"] if entry["length"] != length]
         report["lengths"] = sorted([*others, described], key=lambda entry: entry["length"])
         for ratio in left[length]:
-            cell = measure_cell(model, chosen, ratio, reference, selection=settings.selection, seed=settings.seed)
+            cell = measure_cell(
+                model,
+                chosen,
+                ratio,
+                reference,
+                selection=settings.selection,
+                dtype=settings.dtype,
+                seed=settings.seed,
+            )
             # code may have changed between two runs into one file
             cells = [*report["cells"], cell | {"commit": commit}]
             report["cells"] = sorted(cells, key=lambda cell: (cell["length"], cell["ratio"]))

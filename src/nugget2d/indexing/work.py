@@ -31,7 +31,7 @@ class Job(Frozen):
     Attributes:
         store: what `MemoryStore` opens.
         model: what `Nugget2D.from_pretrained` loads.
-        options: arguments of `Nugget2D.compress`: method, budget, configuration.
+        options: arguments of `MemoryStore.add`: method, budget, configuration.
         tags: of every record.
     """
 
@@ -97,7 +97,7 @@ class Worker:
         self._model = _load(job, "cuda" if torch.cuda.is_available() else "cpu")
         self._store = MemoryStore(job.store)
         self._tags = job.tags
-        self._settings = CompressOptions.of(self._model, **job.options)
+        self._settings = CompressOptions.to_keep(self._model, **job.options)
 
     def __call__(self, batch: Batch) -> list[Outcome]:
         """Process a batch; a document that fails does not affect the others.

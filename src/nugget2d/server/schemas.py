@@ -212,7 +212,7 @@ class MemoryRequest(Sent):
         ratio: tokens for each nugget; without any budget the server's own.
         nuggets: how many, in place of a ratio.
         nbytes: bytes of the memory, in place of a ratio.
-        dtype: how states are kept.
+        dtype: how states are kept; None takes int8.
         options: other options of the method.
     """
 

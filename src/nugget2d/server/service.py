@@ -158,7 +158,7 @@ class Service:
         given = self._budget(request)
         if doubled := [name for name in request.options if name in given]:
             raise InputError(f"{', '.join(doubled)} in options: these have fields of their own beside it")
-        settings = CompressOptions.of(self._model, **given, **request.options)
+        settings = CompressOptions.to_keep(self._model, **given, **request.options)
 
         def begin() -> tuple[str, Record | None, int]:
             key = settings.address(request.text, self._model)

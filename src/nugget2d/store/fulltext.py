@@ -164,7 +164,12 @@ class FullText:
         a word of most segments for nothing, which in a store of few may be every word; here its weight is
         log(1 + (N - n + 0.5) / (n + 0.5)) for n of N segments that are wanted.
         """
-        scores = self._run(lambda db: _scores(db, query, scope))
+
+        def score(db: sqlite3.Connection) -> dict[int, float]:
+            with _transaction(db, "DEFERRED"):  # one state of the index for all counts
+                return _scores(db, query, scope)
+
+        scores = self._run(score)
         heap = [(-score, segment) for segment, score in scores.items()]
         heapify(heap)
         told = set[str]()
@@ -252,8 +257,8 @@ def _is_current(db: sqlite3.Connection) -> bool:
 
 
 @contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    db.execute("BEGIN IMMEDIATE")
+def _transaction(db: sqlite3.Connection, kind: str = "IMMEDIATE") -> Iterator[None]:
+    db.execute(f"BEGIN {kind}")
     try:
         yield
         db.execute("COMMIT")
@@ -310,10 +315,12 @@ def _scores(db: sqlite3.Connection, query: str, scope: Scope) -> dict[int, float
     scores: defaultdict[int, float] = defaultdict(float)
     for phrase, times in Counter(phrases(query)).items():
         match = f'"{phrase}"'
-        (often,) = db.execute("SELECT count(*) FROM words WHERE words MATCH ?", (match,)).fetchone()
         found = db.execute(
             f"SELECT words.rowid, -bm25(words) FROM words {inside} WHERE words MATCH ?", (*values, match)
         ).fetchall()
+        often = len(found)
+        if inside:
+            (often,) = db.execute("SELECT count(*) FROM words WHERE words MATCH ?", (match,)).fetchone()
         weight = times * _rarity(asked, len(found)) / _rarity_of_fts5(total, often)
         for segment, score in found:
             scores[segment] += weight * score

@@ -106,13 +106,14 @@ class MemoryStore:
     ) -> Record:
         """Store the memory of a text, which is compressed only if the store has no memory of it made in the same way.
 
-        The arguments are those of `put`; all others are those of `Nugget2D.compress` (method, ratio, dtype, ...).
+        The arguments are those of `put`; all others are those of `Nugget2D.compress` (method, ratio, dtype, ...), but
+        that states are kept as int8 unless `dtype` is given.
 
         Raises:
             InputError: see `Nugget2D.compress`.
             OutputError, StoreError: see `put`.
         """
-        settings = CompressOptions.of(model, **options)
+        settings = CompressOptions.to_keep(model, **options)
         key = settings.address(text, model)
         if (known := self.at(key, owner=owner)) is not None:
             return known
