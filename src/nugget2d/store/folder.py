@@ -99,7 +99,8 @@ class Folder:
     def entries(self, ids: Sequence[str]) -> list[Entry | Damage]:
         """See `Backend`."""
         places = ", ".join("?" * len(ids))
-        rows = self._rows(f"SELECT id, record, words, digest FROM records WHERE id IN ({places})", *ids)
+        columns = ", ".join(f"CAST({name} AS BLOB)" for name in ("record", "words", "digest"))  # whatever lies there
+        rows = self._rows(f"SELECT id, {columns} FROM records WHERE id IN ({places})", *ids)
         return [read_entry(row[0], str(self._index), *row[1:]) for row in rows]
 
     def load(self, record: Record, *, verify: bool) -> Memory:
