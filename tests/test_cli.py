@@ -117,7 +117,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
 
 def test_compress_reports_its_metrics(model: str, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.nugget"
-    printed = run("compress", source, "-o", out, "--model", model, "--ratio", 4, "--exact", "--dtype", "int8").stdout
+    printed = run("compress", source, "-o", out, "--model", model, "--ratio", 4, "--exact").stdout
     memory = Memory.load(out)
     assert memory.dtype == "int8" and memory.exact is not None
     for figure in (
@@ -132,6 +132,8 @@ def test_compress_reports_its_metrics(model: str, source: Path, tmp_path: Path) 
     ):
         assert figure in printed
     assert [path.name for path in tmp_path.iterdir()] == ["a.nugget"]
+    run("compress", source, "-o", out, "--model", model, "--dtype", "bfloat16", "--force")
+    assert Memory.load(out).dtype == "bfloat16"
 
 
 def test_exact_text_comes_back_byte_for_byte(memories: Path, tmp_path: Path) -> None:

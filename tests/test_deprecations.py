@@ -99,6 +99,16 @@ def test_keywords(
         call(model, tmp_path / "c", **{old: value, new: value})
 
 
+def test_a_search_with_its_model_first(model: Nugget2D, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path) as store:
+        store.add(model, TEXT, ratio=4)
+        with warned("search(model, ...) is now search(..., model=model)"):
+            found = store.search(model, "lighthouse", top=3)  # type: ignore[misc, arg-type]
+        assert found == store.search("lighthouse", top=3, model=model) != []
+        with pytest.raises(errors.InputError, match="model is given twice"):
+            store.search(model, "lighthouse", model=model)  # type: ignore[misc, arg-type]
+
+
 def test_attributes(model: Nugget2D, memory: Memory) -> None:
     stream = model.stream(20, 4)
     stream.append([5, 6, 7])

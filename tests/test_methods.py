@@ -605,7 +605,7 @@ def test_a_store_keeps_and_finds_it(method: str, model: Nugget2D, tmp_path: Path
         other = store.add(model, "Nothing alike: 0123456789", method=method, ratio=2, name="two")
         assert again.id == record.id != other.id
         assert store.add(model, TEXT, method=method, ratio=3).id != record.id
-        assert_same(store.get(record.id), model.compress(TEXT, method=method, ratio=2))
+        assert_same(store.get(record.id), model.compress(TEXT, method=method, ratio=2, dtype="int8"))
         assert record.settings is not None and record.settings.method == method
         spans = {(segment.start, segment.end) for segment in store.get(record.id).segments}
         words = decode_tokens(model, store.get(record.id))

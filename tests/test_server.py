@@ -68,14 +68,14 @@ def test_a_completion_is_what_generate_gives(server: Running, llama: Nugget2D) -
 
 def test_a_memory_is_read_before_the_prompt(server: Running, llama: Nugget2D) -> None:
     first = memory_of(server, tiny.TEXT[:300], ratio=5)
-    second = memory_of(server, tiny.TEXT[300:400], dtype="int8")
+    second = memory_of(server, tiny.TEXT[300:400], dtype="float32")
 
     def ask(*ids: str) -> Any:
         return server.client().completions.create(
             model="tiny", prompt=PROMPT, max_tokens=12, temperature=0, extra_body={"memory_ids": ids}
         )
 
-    memory = llama.compress(tiny.TEXT[:300], ratio=5)
+    memory = llama.compress(tiny.TEXT[:300], ratio=5, dtype="int8")
     answer = ask(first)
     assert answer.choices[0].text == llama.generate(PROMPT, memory=memory, max_new_tokens=12)
     whole = llama.ids_after(PROMPT).shape[1]

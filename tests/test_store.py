@@ -60,13 +60,13 @@ def test_a_kept_memory_is_the_same_memory(store: MemoryStore, llama: Nugget2D) -
 
 def test_the_same_work_is_not_done_twice(store: MemoryStore, llama: Nugget2D, monkeypatch) -> None:
     first = store.add(llama, TEXT, ratio=4, name="first")
-    same = store.add(llama, TEXT, ratio=4.0, selection=llama.config.selection, dtype="float32", name="second")
+    same = store.add(llama, TEXT, ratio=4.0, selection=llama.config.selection, dtype="int8", name="second")
     assert same == first == store.record(first.id)
     others = [
         store.add(llama, TEXT + " ", ratio=4),
         store.add(llama, TEXT, ratio=5),
         store.add(llama, TEXT, ratio=4, exact=True),
-        store.add(llama, TEXT, ratio=4, dtype="int8"),
+        store.add(llama, TEXT, ratio=4, dtype="float32"),
         store.add(llama, TEXT, ratio=4, selection="even"),
         store.add(llama, TEXT, target_accuracy=0.5),
         store.add(tiny.trained("llama", "copies", seed=9), TEXT, ratio=4),
@@ -78,6 +78,18 @@ def test_the_same_work_is_not_done_twice(store: MemoryStore, llama: Nugget2D, mo
     assert theirs.key == first.key and theirs.id != first.id
     with pytest.raises(TypeError):
         store.add(llama, "another text", ratio=4)
+
+
+def test_a_store_keeps_int8_unless_asked_otherwise(store: MemoryStore, llama: Nugget2D) -> None:
+    """What was kept as float32, the former default, keeps its address."""
+    record = store.add(llama, TEXT, ratio=4)
+    assert store.get(record.id).checksum == llama.compress(TEXT, ratio=4, dtype="int8").checksum
+    former = store.put(llama.compress(TEXT, ratio=4), key=CompressOptions.of(llama, ratio=4).address(TEXT, llama))
+    asked = store.add(llama, TEXT, ratio=4, dtype="float32")
+    assert asked == former != record and store.get(asked.id).dtype == "float32"
+    exact = store.add(llama, TEXT, ratio=4, exact=True)
+    assert store.get(exact.id).dtype == "int8" and llama.reconstruct(store.get(exact.id)) == TEXT
+    assert record.nbytes < former.nbytes / 3
 
 
 def test_two_owners_share_a_file_until_both_are_gone(tmp_path: Path, llama: Nugget2D) -> None:

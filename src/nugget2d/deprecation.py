@@ -48,7 +48,7 @@ def moved_argument(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             if name in kwargs:
                 raise InputError(f"{name} is given twice; leave out the first argument of {called}")
             warn(f"{called}({name}, ...) is now {called}(..., {name}={name})", DeprecationWarning)
-            return method(itself, argument, **{**kwargs, name: moved})  # type: ignore[call-arg, arg-type]
+            return method(itself, argument, **{**kwargs, name: moved})  # type: ignore[arg-type]
 
         return call
 

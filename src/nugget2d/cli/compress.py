@@ -40,9 +40,10 @@ def compress(
     compressor = load_model(model)
     from nugget2d.methods.options import CompressOptions
 
+    how = CompressOptions.to_keep(compressor, **options)
     start = perf_counter()
     with progress("compressing") as on_progress:
-        (memory,) = CompressOptions.to_keep(compressor, **options).compress(compressor, [text], on_progress)
+        (memory,) = how.compress(compressor, [text], on_progress)
     seconds = perf_counter() - start
     size = memory.save(out, force=force)
     Console().print(_report(memory, size, seconds))

@@ -84,7 +84,9 @@ def _inspect_text(source: str, ratio: float | None, model: str | None, selection
     text = read_source(source)
     compressor = load_model(model or DEFAULT_MODEL)
     from nugget2d.inspection import inspect_text
+    from nugget2d.methods.options import CompressOptions
 
+    how = CompressOptions.to_keep(compressor, ratio=ratio, selection=selection)
     with progress("compressing") as on_progress:
-        memory = compressor.compress(text, ratio=ratio, selection=selection, on_progress=on_progress)
+        (memory,) = how.compress(compressor, [text], on_progress)
     return inspect_text(compressor, text, memory)

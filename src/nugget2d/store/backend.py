@@ -89,10 +89,10 @@ class Backend(Protocol):
     """Where the index of a search may lie (fulltext.py); None keeps it in memory."""
 
     def ids(self) -> list[str]:
-        """Of all records, damaged ones too, in any order."""
+        """Of all records, damaged ones too; in a folder oldest first."""
 
     def entries(self, ids: Sequence[str]) -> list[Entry | Damage]:
-        """Those of these records that there are, with their words, some hundreds at most, in any order."""
+        """Those of these records, some hundreds at most, that there are, with their words; in the order of `ids`."""
 
     def load(self, record: Record, *, verify: bool) -> Memory:
         """The memory of a record.

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -58,7 +59,7 @@ class _Row:
 class Bucket:
     """See `Backend`."""
 
-    words_file = None
+    words_file: Path | None = None  # in memory
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         """Open the bucket at `url`; `options` are those of obstore's `from_url`.

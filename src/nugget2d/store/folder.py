@@ -55,7 +55,7 @@ class Folder:
             StoreError: there is none, it is not a store, of a newer version, or cannot be opened.
         """
         self._index, self._memories = path / "index.db", path / "memories"
-        self.words_file = path / "words.db"
+        self.words_file: Path | None = path / "words.db"
         self._lock = threading.RLock()
         try:
             made = self._index.is_file()
@@ -94,13 +94,13 @@ class Folder:
 
     def ids(self) -> list[str]:
         """See `Backend`."""
-        return [record_id for (record_id,) in self._rows("SELECT id FROM records")]
+        return [record_id for (record_id,) in self._rows("SELECT id FROM records ORDER BY created, id")]
 
     def entries(self, ids: Sequence[str]) -> list[Entry | Damage]:
         """See `Backend`."""
         places = ", ".join("?" * len(ids))
         columns = ", ".join(f"CAST({name} AS BLOB)" for name in ("record", "words", "digest"))  # whatever lies there
-        rows = self._rows(f"SELECT id, {columns} FROM records WHERE id IN ({places})", *ids)
+        rows = self._rows(f"SELECT id, {columns} FROM records WHERE id IN ({places}) ORDER BY created, id", *ids)
         return [read_entry(row[0], str(self._index), *row[1:]) for row in rows]
 
     def load(self, record: Record, *, verify: bool) -> Memory:

@@ -13,6 +13,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from heapq import heapify, heappop
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -165,20 +166,16 @@ class FullText:
         log(1 + (N - n + 0.5) / (n + 0.5)) for n of N segments that are wanted.
         """
 
-        def score(db: sqlite3.Connection) -> dict[int, float]:
+        def rank(db: sqlite3.Connection) -> dict[int, float]:
             with _transaction(db, "DEFERRED"):  # one state of the index for all counts
                 return _scores(db, query, scope)
 
-        scores = self._run(score)
-        heap = [(-score, segment) for segment, score in scores.items()]
+        heap = [(-score, segment) for segment, score in self._run(rank).items()]
         heapify(heap)
         told = set[str]()
-        place = (
-            'SELECT id, start, "end" FROM segments JOIN records ON records.number = record WHERE segments.number = ?'
-        )
         while heap:
             score, segment = heappop(heap)
-            for id, start, end in self._run(lambda db, number=segment: db.execute(place, (number,)).fetchall()):
+            for id, start, end in self._run(partial(_places, segment=segment)):
                 if id not in told:
                     told.add(id)
                     yield Found(id, -score, start, end)
@@ -325,6 +322,12 @@ def _scores(db: sqlite3.Connection, query: str, scope: Scope) -> dict[int, float
         for segment, score in found:
             scores[segment] += weight * score
     return scores
+
+
+def _places(db: sqlite3.Connection, segment: int) -> list[tuple[str, int, int]]:
+    """The record of a segment, if it is still there, and the characters that it stands for."""
+    query = 'SELECT id, start, "end" FROM segments JOIN records ON records.number = record WHERE segments.number = ?'
+    return db.execute(query, (segment,)).fetchall()
 
 
 def _rarity(total: int, having: int) -> float:
