@@ -81,13 +81,25 @@ def test_rm_takes_beginnings_that_are_clear(store: Path, texts: list[Path]) -> N
 
 
 def test_search_prints_spans(store: Path, model: str, texts: list[Path]) -> None:
-    arguments = ["store", "search", "the lighthouse keeper", "--store", store, "--model", model, "--top", 2]
+    arguments = ["store", "search", "the LIGHTHOUSE keeper", "--store", store, "--top", 2]
     hits = json.loads(run(*arguments, "--json").stdout)
     assert len(hits) == 2 and hits[0]["score"] >= hits[1]["score"]
     lines = run(*arguments).stdout.splitlines()
     assert (
         len(lines) == 3 and f"{hits[0]['start']}:{hits[0]['end']}" in lines[1] and hits[0]["record"]["name"] in lines[1]
     )
+
+
+def test_search_names_what_it_leaves_out(store: Path, model: str) -> None:
+    with MemoryStore(store) as opened:
+        record = opened.put(opened.get(opened.records()[0].id), name="without words")
+    arguments = ["store", "search", "lighthouse", "--store", store, "--top", 9, "--json"]
+    result = run(*arguments)
+    assert len(json.loads(result.stdout)) == 3
+    assert f"warning: not searched: {record.id}: only their model" in result.stderr and result.stderr.count("\n") == 1
+    assert len(json.loads(run(*arguments, "--model", model).stdout)) >= 3
+    assert run(*arguments).stderr == ""
+    assert json.loads(run("store", "search", "?!", "--store", store, "--json").stdout) == []
 
 
 def test_verify_and_gc(store: Path) -> None:

@@ -231,8 +231,8 @@ class Nugget2D(Network):
             nbytes: bytes of the memory, in place of a ratio.
             on_progress: called with (parts done, parts in all).
             options: the method's configuration, e.g. `dtype="int8"` (all that keep states: "float32", "bfloat16" or
-                "int8"), `chat=True` or `sinks=8`; of nugget2d `exact`, `target_accuracy`, `optimize_steps`, `selection`
-                (see `NuggetMethod`).
+                "int8"; None takes the model's own precision), `chat=True` or `sinks=8`; of nugget2d `exact`,
+                `target_accuracy`, `optimize_steps`, `selection` (see `NuggetMethod`).
 
         Warns:
             AccuracyWarning: some segments miss `target_accuracy`; they keep the states with the best measured accuracy.
