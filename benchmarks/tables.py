@@ -308,8 +308,23 @@ def indexing() -> str:
 
 def store_search() -> str:
     """What `store search` finds."""
-    rows = [[r["ranking"], r["ndcg_at_10"], r["recall_at_10"]] for r in _read("store_search.json")["results"]]
-    return markdown_table(["ranking", "nDCG@10", "recall@10"], rows)
+    reports = [_read(f"store_search/{name}.json") for name in ("cranfield", "cisi")]
+    head = [f"{one['corpus'].split('.')[0]}, {one['queries']} queries, {one['documents']} documents" for one in reports]
+    rows = [
+        [results[0]["ranking"], *(_interval(result["ndcg_at_10"], 100) for result in results)]
+        for results in zip(*(one["results"] for one in reports), strict=True)
+    ]
+    return markdown_table(["ranking", *head], rows)
+
+
+def int8() -> str:
+    """What is lost where states are kept as int8."""
+    reports = {name: _read(f"int8/{name}/distortion.json")["cells"] for name in ("float32", "int8")}
+    rows = [
+        [f"{one['ratio']:g}x", one["length"], *(_interval(cell["bleu"], 1) for cell in (one, other))]
+        for one, other in zip(*reports.values(), strict=True)
+    ]
+    return markdown_table(["ratio asked", "tokens", *reports], rows)
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
@@ -336,6 +351,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "serving": serving,
     "indexing": indexing,
     "store-search": store_search,
+    "int8": int8,
 }
 
 
