@@ -65,7 +65,8 @@ def main() -> None:
                 store.put(memory, model=model, key=digest("document", document.name), name=document.name, text=text)
             found = measure(lambda query: [hit.record.name for hit in store.search(query)])
         results.append({"ranking": ranking, "ndcg_at_10": found})
-    print(markdown_table(["ranking", "nDCG@10"], [list(result.values()) for result in results]))
+    rows = [[ranking, *found.values()] for ranking, found in (result.values() for result in results)]
+    print(markdown_table(["ranking", "nDCG@10", "low", "high"], rows))
     conditions = {"model": options.model, "corpus": options.corpus.name}
     write_report(options.out, {**conditions, "queries": len(queries), "documents": len(corpus), "results": results})
 
