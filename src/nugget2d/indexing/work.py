@@ -68,10 +68,10 @@ class Known:
         """Of a job. Its model is loaded for the addresses, and not kept.
 
         Raises:
-            ModelError, InputError: see `Nugget2D.from_pretrained` and `CompressOptions.of`.
+            ModelError, InputError: see `Nugget2D.from_pretrained` and `CompressOptions.to_keep`.
         """
         model = _load(job, "cpu")
-        return Known(job.from_any_folder().store, CompressOptions.of(model, **job.options).addresses(model))
+        return Known(job.from_any_folder().store, CompressOptions.to_keep(model, **job.options).addresses(model))
 
     @cached_property
     def _opened(self) -> MemoryStore:
