@@ -15,8 +15,8 @@ from cli_fixtures import TEXT, save_tiny_model
 from nugget2d import Memory, Nugget2D
 from nugget2d.inspection import inspect_memory, inspect_text, print_inspection, to_html, to_json
 from nugget2d.inspection.marks import LEVELS
-from nugget2d.inspection.visible import visible
 from nugget2d.text.segmentation import spans_of
+from nugget2d.text.visible import visible
 
 
 @pytest.fixture(scope="module")

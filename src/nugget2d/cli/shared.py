@@ -15,7 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from nugget2d.errors import AccuracyWarning, ContextWarning, ExactFallbackWarning, InputError, ModelError
+from nugget2d.errors import (
+    AccuracyWarning,
+    ContextWarning,
+    DamageWarning,
+    ExactFallbackWarning,
+    InputError,
+    ModelError,
+)
 from nugget2d.files import decode_text, read_text
 
 if TYPE_CHECKING:
@@ -54,7 +61,7 @@ def load_model(name: str, *, local_files_only: bool = False) -> "Nugget2D":
 @contextmanager
 def loading(name: str) -> Iterator[None]:
     """Import torch, silence other libraries, and show on the terminal that `name` is being loaded."""
-    _quieten()
+    show_own_warnings()
     with Console(stderr=True).status(Text(f"loading model {name}")):
         with safe_to_interrupt():
             from transformers.utils import logging
@@ -178,7 +185,7 @@ def safe_to_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _quieten() -> None:
+def show_own_warnings() -> None:
     """Python warnings: ours as one line, none of other libraries."""
 
     def show(
@@ -192,6 +199,6 @@ def _quieten() -> None:
         say("warning", str(message))
 
     warnings.simplefilter("ignore")
-    for ours in (ExactFallbackWarning, ContextWarning, AccuracyWarning):
+    for ours in (ExactFallbackWarning, ContextWarning, AccuracyWarning, DamageWarning):
         warnings.simplefilter("always", ours)
     warnings.showwarning = show

@@ -16,7 +16,7 @@ from nugget2d.cli.options import (
     Tags,
     takes_compress_options,
 )
-from nugget2d.cli.shared import load_model, progress, read_source, safe_to_interrupt, say
+from nugget2d.cli.shared import load_model, progress, read_source, safe_to_interrupt, say, show_own_warnings
 from nugget2d.errors import InputError, UnknownMemoryError
 
 if TYPE_CHECKING:
@@ -155,13 +155,13 @@ def search(
 def verify(store: StorePlace = DEFAULT_STORE) -> None:
     """Read every memory, check it against its checksums, and name what is damaged."""
     with _open(store) as memories:
-        damages = memories.verify()
+        with safe_to_interrupt():  # the first memory that is read brings torch
+            damages = memories.verify()
         for damage in damages:
-            remedy = f"; `nugget2d store rm {damage.id[:SHORT]}` and add its text again" if damage.id else ""
-            say("error", f"{damage.id or 'index'}: {damage.reason}{remedy}")
+            say("error", f"{damage.id or 'index'}: {damage.reason}")
         if damages:
             raise typer.Exit(1)
-        say("verified", f"{len(memories.records()):,} memories, nothing is damaged")
+        say("verified", f"{len(memories.matching('')):,} memories, nothing is damaged")
 
 
 @store.command()
@@ -173,9 +173,9 @@ def gc(store: StorePlace = DEFAULT_STORE) -> None:
 
 
 def _open(place: str, *, create: bool = False) -> "MemoryStore":
-    with safe_to_interrupt():
-        from nugget2d.store import MemoryStore
+    from nugget2d.store import MemoryStore
 
+    show_own_warnings()
     return MemoryStore(place, create=create)
 
 
@@ -190,9 +190,7 @@ def _whole(memories: "MemoryStore", id: str) -> str:
         UnknownMemoryError: none does.
         InputError: several do.
     """
-    if len(id) == 32:  # complete: may be that of a damaged record
-        return id
-    found = [record.id for record in memories.records() if record.id.startswith(id)]
+    found = memories.matching(id)
     if not found:
         raise UnknownMemoryError(f"no id in this store begins with {id!r}; see `nugget2d store list`")
     if len(found) > 1:
@@ -202,7 +200,7 @@ def _whole(memories: "MemoryStore", id: str) -> str:
 
 def _line(text: str) -> str:
     """Any text as one line without control characters."""
-    from nugget2d.inspection.visible import visible
+    from nugget2d.text.visible import visible
 
     return " ".join(visible(text, marked=False).split())
 

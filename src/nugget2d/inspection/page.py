@@ -5,7 +5,7 @@ from importlib import resources
 from string import Template
 
 from nugget2d.inspection.marks import LEVELS, Inspection, Nugget, Run
-from nugget2d.inspection.visible import visible
+from nugget2d.text.visible import visible
 
 
 def to_html(inspection: Inspection) -> str:

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.text import Text
 
 from nugget2d.inspection.marks import LEVELS, Inspection
-from nugget2d.inspection.visible import visible
+from nugget2d.text.visible import visible
 
 # black on pale yellow to deep orange: readable on light and dark terminals
 _STYLES = [f"black on {colour}" for colour in ("#fff3cd", "#ffe08a", "#ffc94a", "#ffab1f", "#ff8a00")]

@@ -4,17 +4,19 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nugget2d.errors import InputError, UnknownMemoryError
-from nugget2d.memory.memory import Memory
+from nugget2d.errors import DamageWarning, InputError, StoreError, warn
 from nugget2d.methods.options import CompressOptions
-from nugget2d.model import Nugget2D
-from nugget2d.store.backend import Backend, Damage, Entry, Swept
+from nugget2d.store.backend import Backend, Damage, Entry, Page, Swept, Wanted, unknown
 from nugget2d.store.bucket import Bucket
 from nugget2d.store.folder import Folder
 from nugget2d.store.record import Record, record_id
-from nugget2d.store.words import Words, relevance
+
+if TYPE_CHECKING:  # lists do not wait for torch
+    from nugget2d.memory.memory import Memory
+    from nugget2d.model import Nugget2D
+    from nugget2d.store.words import Words
 
 _DIGITS = re.compile("[0-9a-f]{32}")  # of ids and content addresses, which become parts of paths
 
@@ -49,15 +51,18 @@ class MemoryStore:
         Raises:
             StoreError: there is none, it is not a store, of a newer version, or cannot be opened.
         """
+        scheme = str(path).partition("://")[0]
+        if scheme in ("file", "memory"):  # obstore would take them for buckets
+            raise StoreError(f"{path} is no bucket; give the folder of a store as a plain path")
         self._backend: Backend = (
             Bucket(str(path), options) if "://" in str(path) else Folder(Path(path).expanduser(), create=create)
         )
 
     def put(
         self,
-        memory: Memory,
+        memory: "Memory",
         *,
-        model: Nugget2D | None = None,
+        model: "Nugget2D | None" = None,
         key: str | None = None,
         name: str = "",
         tags: Sequence[str] = (),
@@ -79,7 +84,8 @@ class MemoryStore:
                 tokens can be decoded from its states.
 
         Returns:
-            The record; the existing one, unchanged, if this owner has this memory already.
+            The record; the existing one, unchanged, if this owner has this memory already. If that one or its file is
+            damaged or missing, it is written again under its name and tags.
 
         Raises:
             InputError: a key that is no content address.
@@ -88,14 +94,14 @@ class MemoryStore:
         """
         if key is not None and not _DIGITS.fullmatch(key):
             raise InputError(f"{key!r} is no content address; take that of `CompressOptions.address`")
-        record = Record.of(memory, key or memory.checksum, name=name, tags=tags, owner=owner, settings=settings)
+        record = Record.of(memory, key, name=name, tags=tags, owner=owner, settings=settings)
         return self._backend.keep(
             Entry(record, b"" if model is None else _words(memory, model, text).to_bytes()), memory.to_bytes()
         )
 
     def add(
         self,
-        model: Nugget2D,
+        model: "Nugget2D",
         text: str,
         *,
         name: str = "",
@@ -105,6 +111,8 @@ class MemoryStore:
         **options: Any,
     ) -> Record:
         """Store the memory of a text, which is compressed only if the store has no memory of it made in the same way.
+
+        What is damaged or missing of one that it has is written again.
 
         The arguments are those of `put`; all others are those of `Nugget2D.compress` (method, ratio, dtype, ...).
 
@@ -120,10 +128,13 @@ class MemoryStore:
         return self.put(memory, model=model, key=key, name=name, tags=tags, owner=owner, settings=settings, text=text)
 
     def at(self, key: str, *, owner: str = "") -> Record | None:
-        """The record that `owner` has at a content address (`CompressOptions.address`), if there is one."""
-        return self._backend.record(record_id(key, owner))
+        """The record that `owner` has at a content address (`CompressOptions.address`).
 
-    def get(self, id: str, *, owner: str | None = None, verify: bool = True) -> Memory:
+        None if there is none, or if it or its memory is damaged or missing: then `add` and `put` write it again.
+        """
+        return self._backend.whole(record_id(key, owner))
+
+    def get(self, id: str, *, owner: str | None = None, verify: bool = True) -> "Memory":
         """The memory of a record.
 
         In a folder its file is mapped into memory: layers are paged in as they are touched, and processes that
@@ -136,8 +147,8 @@ class MemoryStore:
 
         Raises:
             UnknownMemoryError: there is no such record, or it is another owner's.
-            StoreError: its file is missing.
-            MemoryFileError: its file is damaged.
+            DamageError: it cannot be read, or its file is missing.
+            MemoryFileError: its file is damaged, or another memory's.
         """
         return self._backend.load(self.record(id, owner=owner), verify=verify)
 
@@ -146,30 +157,72 @@ class MemoryStore:
 
         Raises:
             UnknownMemoryError: there is no such record, or it is another owner's.
+            DamageError: it cannot be read.
         """
-        record = self._backend.record(id) if _DIGITS.fullmatch(id) else None
-        if record is None or owner not in (None, record.owner):
-            raise _unknown(id)
+        record = self._backend.record(id, owner) if _DIGITS.fullmatch(id) else None
+        if record is None:
+            raise unknown(id)
         return record
 
-    def records(self, *, owner: str | None = None, tag: str | None = None) -> list[Record]:
-        """All records of an owner, with a tag, oldest first."""
-        return [record for record in self._backend.records() if _wanted(record, owner, tag)]
+    def records(
+        self,
+        *,
+        owner: str | None = None,
+        tag: str | None = None,
+        after: str | None = None,
+        limit: int | None = None,
+        newest_first: bool = False,
+    ) -> list[Record]:
+        """The records of an owner, with a tag, by age.
+
+        Args:
+            owner: see the class.
+            tag: that they have.
+            after: the id of the record before the first one, to go on with a list.
+            limit: how many at most.
+            newest_first: else the oldest.
+
+        Warns:
+            DamageWarning: a record cannot be read and is left out.
+
+        Raises:
+            UnknownMemoryError: there is no record `after`, or it is another owner's.
+            InputError: a limit below 1.
+        """
+        page = self.page(Wanted(owner, tag, after, limit, newest_first))
+        for damage in page.damages:
+            warn(f"{damage.reason}; the list leaves it out", DamageWarning)
+        return page.records
+
+    def page(self, wanted: Wanted) -> Page:
+        """What `records` returns, together with what it warns of, and whether there are more.
+
+        Raises:
+            UnknownMemoryError, InputError: see `records`.
+        """
+        if wanted.limit is not None and wanted.limit < 1:
+            raise InputError(f"limit must be at least 1, got {wanted.limit}")
+        return self._backend.page(wanted)
+
+    def nbytes(self, *, owner: str) -> int:
+        """Bytes of an owner's memories (`Record.nbytes`), together."""
+        return self._backend.nbytes(owner)
+
+    def matching(self, prefix: str) -> list[str]:
+        """The ids that begin so, those of damaged records too."""
+        return self._backend.matching(prefix)
 
     def remove(self, id: str, *, owner: str | None = None) -> None:
-        """Remove a record; its file is removed with the last record that points to it.
+        """Remove a record, damaged or not; its file is removed with the last record that points to it.
 
         Raises:
             UnknownMemoryError: there is no such record, or it is another owner's.
         """
-        # without an owner to check, a damaged record can be removed too
-        if owner is not None:
-            self.record(id, owner=owner)
-        if not _DIGITS.fullmatch(id) or not self._backend.remove(id):
-            raise _unknown(id)
+        if not _DIGITS.fullmatch(id) or not self._backend.remove(id, owner):
+            raise unknown(id)
 
     def search(
-        self, model: Nugget2D, query: str, *, top: int = 10, owner: str | None = None, tag: str | None = None
+        self, model: "Nugget2D", query: str, *, top: int = 10, owner: str | None = None, tag: str | None = None
     ) -> list[Hit]:
         """The memories most relevant to `query`, best first, each with its best segment.
 
@@ -183,6 +236,8 @@ class MemoryStore:
         """
         if not query.strip():
             raise InputError("the query is empty; give words to search for")
+        from nugget2d.store.words import Words, relevance
+
         # a word has another token at the start of a text than within
         wanted = [token for text in (query, f" {query}") for token in model.ids(text)[0].tolist()]
         entries = [
@@ -234,15 +289,13 @@ class MemoryStore:
         self.close()
 
 
-def _words(memory: Memory, model: Nugget2D, text: str | None) -> Words:
+def _words(memory: "Memory", model: "Nugget2D", text: str | None) -> "Words":
     """What a memory is found by. The states of training-free memories tell only the tokens that early layers keep."""
+    from nugget2d.store.words import Words
+
     if text is not None and memory.reader.role == "base" and memory.kind == "kv":
         return Words.of_text(memory, model, text)
     return Words.of(memory, model)
-
-
-def _unknown(id: str) -> UnknownMemoryError:
-    return UnknownMemoryError(f"there is no memory {id!r} in this store")
 
 
 def _wanted(record: Record, owner: str | None, tag: str | None) -> bool:
