@@ -137,8 +137,8 @@ def map_file(path: Path | str, expected: str | None, *, verify: bool) -> dict[st
     """The same from a file whose tensors are mapped; see `Memory.map`.
 
     Raises:
-        MemoryFileError: missing, not a memory, not the one of the expected checksum, of a newer format, truncated, damaged, or
-            not valid.
+        MemoryFileError: missing, not a memory, not the one of the expected checksum, of a newer format, truncated,
+            damaged, or not valid.
     """
     metadata, tensors = _mapped(path)
     _require(metadata, expected, path)
