@@ -64,8 +64,8 @@ class Costs:
     def of(model: Network) -> "Costs":
         """Those of `model`; it must not be in use."""
         with torch.no_grad():
-            numbers = sum(2 * heads * width for heads, width in model.kv_shape)
-        return Costs(numbers * model.lm.dtype.itemsize, model.kv_shape, model.config.context)
+            numbers = sum(2 * heads * width for heads, width in model.readable.kv_shape)
+        return Costs(numbers * model.lm.dtype.itemsize, model.readable.kv_shape, model.config.context)
 
     def memory(self, model: Network, options: CompressOptions, tokens: int) -> int:
         """Of the memory of a text, at most; of one that is a text or embeddings, far less."""
