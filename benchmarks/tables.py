@@ -306,6 +306,12 @@ def indexing() -> str:
     return markdown_table(header, rows)
 
 
+def store_scale() -> str:
+    """What a large store costs."""
+    rows = [[r["step"], f"{r['seconds']:.4f}", r["peak_rss_mb"]] for r in _read("store_scale.json")["results"]]
+    return markdown_table(["step", "seconds", "peak RSS, MB"], rows)
+
+
 def store_search() -> str:
     """What `store search` finds."""
     reports = [_read(f"store_search/{name}.json") for name in ("cranfield", "cisi")]
@@ -350,6 +356,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "breakeven": breakeven,
     "serving": serving,
     "indexing": indexing,
+    "store-scale": store_scale,
     "store-search": store_search,
     "int8": int8,
 }

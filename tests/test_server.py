@@ -277,7 +277,8 @@ def test_memories_are_kept_listed_and_forgotten(llama: Nugget2D, tmp_path: Path)
         files = {"file": ("page.txt", "Café 😀".encode())}
         other = http.post("/v1/memories/file", files=files, data={"tags": ["x", "y"], "ratio": "2"}).json()
         assert (other["name"], other["tags"], other["num_chars"]) == ("page.txt", ["x", "y"], 6)
-        assert http.get("/v1/memories").json() == {"object": "list", "data": [shown, other]}
+        ends = {"first_id": shown["id"], "last_id": other["id"], "has_more": False}
+        assert http.get("/v1/memories").json() == {"object": "list", "data": [shown, other], **ends}
         assert http.get("/v1/memories", params={"tag": "sea"}).json()["data"] == [shown]
         assert http.get(f"/v1/memories/{other['id']}").json() == other
         gone = {"id": other["id"], "object": "memory", "deleted": True}

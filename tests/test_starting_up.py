@@ -1,8 +1,10 @@
 """What a command costs before it does anything: help and lists load no tensor library."""
 
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +46,24 @@ def test_help_loads_nothing_heavy(arguments: str) -> None:
     assert printed
     # typer itself loads pydantic where a command has options
     assert loaded == "[]" or (" " in arguments and loaded == "['pydantic']")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    return str(shutil.copytree(Path(__file__).parent / "data" / "v1" / "store", tmp_path / "store"))
+
+
+@pytest.mark.parametrize("command", ["list", "list --json --tag sea", "show cb16", "rm cb16", "gc"])
+def test_a_store_is_listed_without_torch(command: str, store: str) -> None:
+    printed = seconds("store", *command.split(), "--store", store, code=COMMAND)[1]
+    assert printed.splitlines()[-1] == "['pydantic']"
+
+
+def test_a_list_takes_under_half_a_second(store: str) -> None:
+    """As above; pydantic and rich take most of it."""
+    turns = [(seconds("store", "list", "--store", store, code=COMMAND)[0], seconds(code=LEAST)[0]) for _ in range(5)]
+    listing, loading = map(min, zip(*turns, strict=True))
+    assert listing < 0.5 * max(1.0, loading / 0.15)
 
 
 def test_what_is_loaded_is_noticed() -> None:

@@ -13,7 +13,7 @@ import torch
 
 import tiny
 from nugget2d import Memory, Nugget2D
-from nugget2d.errors import InputError, MemoryFileError, OutputError, StoreError, UnknownMemoryError
+from nugget2d.errors import DamageWarning, InputError, MemoryFileError, OutputError, StoreError, UnknownMemoryError
 from nugget2d.inference.token_decoding import decode_tokens
 from nugget2d.memory.states import States, StoreDtype
 from nugget2d.methods.options import CompressOptions, digest
@@ -251,10 +251,10 @@ def test_a_flipped_bit_in_the_index_is_named(tmp_path: Path, llama: Nugget2D, co
         db.close()
         (damage,) = store.verify()
         assert damage.id == records[1].id and "checksum" in damage.reason
-        if column == "record":
-            with pytest.raises(StoreError, match=f"{records[1].id} is damaged; remove it"):
-                store.records()
-        store.remove(records[1].id)
+        if column == "record":  # lists are not held up
+            with pytest.warns(DamageWarning, match=f"{records[1].id} is damaged .*add its text again, or remove it"):
+                assert store.records() == [records[0], records[2]]
+        store.remove(records[1].id, owner="")
         assert store.records() == [records[0], records[2]]
 
 
@@ -275,7 +275,7 @@ def test_other_folders_and_newer_versions_are_refused(tmp_path: Path) -> None:
     db = sqlite3.connect(tmp_path / "index.db")
     db.execute("PRAGMA user_version = 99")
     db.close()
-    with pytest.raises(StoreError, match="has version 99, this package reads 2; upgrade"):
+    with pytest.raises(StoreError, match="has version 99, this package reads 3; upgrade"):
         MemoryStore(tmp_path)
     for name, content in (("text", b"plain text " * 100), ("empty", b"")):
         (tmp_path / name).mkdir()

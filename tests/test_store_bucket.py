@@ -13,8 +13,9 @@ from moto.server import ThreadedMotoServer
 
 import tiny
 from nugget2d import Memory, Nugget2D
-from nugget2d.errors import MemoryFileError, StoreError, UnknownMemoryError
+from nugget2d.errors import DamageError, DamageWarning, MemoryFileError, StoreError, UnknownMemoryError
 from nugget2d.store import MemoryStore, bucket
+from nugget2d.store.backend import entry_digest
 
 pytestmark = pytest.mark.e2e
 
@@ -142,9 +143,80 @@ def test_damage_is_named(store: MemoryStore, options: dict[str, Any], memory: Me
     assert "checksum" in reasons[ids[3]] and "damaged" in reasons[ids[4]]
     with pytest.raises(MemoryFileError, match=r"s3://bucket/prefix/memories/"):
         store.get(ids[1])
-    for id in ids[1:]:
-        store.remove(id)
-    assert store.verify() == [] and len(store.records()) == 1
+    # lists go on, and name what they cannot read
+    with pytest.warns(DamageWarning, match=f"record {ids[4]} is damaged"):
+        assert {record.id for record in store.records()} == set(ids[:4])
+    for number, id in enumerate(ids[1:], 1):
+        with pytest.raises(UnknownMemoryError):
+            store.remove(id, owner="bob")
+        if number % 2:
+            assert store.at(f"{number:032x}") is None
+            assert store.put(memory, key=f"{number:032x}").id == id
+        else:
+            store.remove(id, owner="")
+    assert store.verify() == [] and {record.id for record in store.records()} == {ids[0], ids[1], ids[3]}
+    for number in (2, 4):
+        store.put(memory, key=f"{number:032x}")
+    assert store.verify() == [] and len(store.records()) == 5
+
+
+def test_a_damaged_record_is_written_again(store: MemoryStore, options: dict[str, Any], memory: Memory) -> None:
+    record = store.put(memory, key="0" * 32, name="a", tags=["x"], owner="ann")
+    place = obstore.store.from_url("s3://bucket/prefix", **options)
+    obstore.put(place, f"records/{record.id}.json", b"{")
+    for ask in (store.record, store.get, store.remove):
+        with pytest.raises(UnknownMemoryError):
+            ask(record.id, owner="bob")
+    with pytest.raises(DamageError):
+        store.record(record.id, owner="ann")
+    again = store.put(memory, key="0" * 32, name="b", owner="ann")
+    assert (again.id, again.name) == (record.id, "b") and store.records() == [again]
+    # if the record can still be read, what people gave it stays
+    obstore.delete(place, [meta["path"] for page in obstore.list(place, "memories") for meta in page])
+    assert store.put(memory, key="0" * 32, name="c", owner="ann").name == "b"
+    assert store.verify() == [] and store.get(record.id).checksum == memory.checksum
+
+
+def test_files_that_changed_places_are_noticed(store: MemoryStore, options: dict[str, Any], memory: Memory) -> None:
+    one, two = store.put(memory), store.put(memory.to("int8"))
+    place = obstore.store.from_url("s3://bucket/prefix", **options)
+    names = [store.place(record.id).removeprefix("s3://bucket/prefix/") for record in (one, two)]
+    obstore.put(place, names[0], bytes(obstore.get(place, names[1]).bytes()))
+    assert [damage.id for damage in store.verify()] == [one.id]
+    with pytest.raises(MemoryFileError, match="not the one that was stored there"):
+        store.get(one.id)
+
+
+def test_lists_have_parts(store: MemoryStore, memory: Memory) -> None:
+    records = [store.put(memory, key=f"{n:032x}", owner="ann", tags=["x"] if n % 2 else []) for n in range(5)]
+    store.put(memory, owner="bob")
+    assert store.records(owner="ann", limit=2) == records[:2]
+    assert store.records(owner="ann", limit=9, after=records[1].id) == records[2:]
+    assert store.records(owner="ann", tag="x", newest_first=True) == [records[3], records[1]]
+    assert store.records(owner="ann", tag="x", after=records[2].id) == [records[3]]
+    assert sorted(store.matching(records[0].id[:1])) == sorted(
+        record.id for record in store.records() if record.id[0] == records[0].id[0]
+    )
+    with pytest.raises(UnknownMemoryError):
+        store.records(owner="bob", after=records[0].id)
+
+
+def test_records_of_earlier_stores_are_read(store: MemoryStore, options: dict[str, Any], memory: Memory) -> None:
+    """Version 2: the record does not know the checksum of its memory."""
+    kept = store.put(memory, tags=["x"])
+    record = kept.model_copy(update={"checksum": ""})
+    file = store.place(kept.id).removeprefix("s3://bucket/prefix/")
+    text = record.model_dump_json(exclude={"checksum"})
+    row = {"version": 2, "record": text, "words": "", "file": file}
+    row["digest"] = entry_digest(text.encode(), b"").hex()
+    place = obstore.store.from_url("s3://bucket/prefix", **options)
+    obstore.put(place, f"records/{kept.id}.json", json.dumps(row).encode())
+    assert store.records(tag="x") == [record] == [store.put(memory)]
+    assert store.get(kept.id).checksum == memory.checksum and store.verify() == []
+    obstore.put(place, f"records/{kept.id}.json", json.dumps({**row, "version": 9}).encode())
+    for ask in (store.records, store.gc):  # of a newer package, which knows what it means
+        with pytest.raises(StoreError, match="has version 9"):
+            ask()
 
 
 def test_gc_sweeps_only_old_orphans(store: MemoryStore, options: dict[str, Any], memory: Memory, monkeypatch) -> None:

@@ -74,7 +74,7 @@ def test_rm_takes_beginnings_that_are_clear(store: Path, texts: list[Path]) -> N
     ids = [record.id for record in MemoryStore(store).records()]
     fails("store", "rm", "", "--store", store, saying="3 ids begin with ''")
     fails("store", "rm", ids[0], "xyz", "--store", store, saying="no id in this store begins with 'xyz'")
-    fails("store", "rm", "0" * 32, "--store", store, saying="no memory")
+    fails("store", "rm", "0" * 32, "--store", store, saying="no id in this store")
     assert len(MemoryStore(store).records()) == 3
     run("store", "rm", ids[0][:8], ids[1], "--store", store)
     assert [record.id for record in MemoryStore(store).records()] == [ids[2]]
@@ -106,7 +106,7 @@ def test_verify_and_gc(store: Path) -> None:
     result = run("store", "verify", "--store", store)
     assert "3 memories, nothing is damaged" in result.stderr
     record = MemoryStore(store).records()[1]
-    file = next(store.rglob(f"{record.key}.nugget"))
+    file = next(store.rglob(f"{record.checksum}.nugget"))
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)

@@ -95,7 +95,7 @@ def test_kill_at_any_moment_loses_nothing_acknowledged(tmp_path: Path, memories:
             assert store.get(record.id).checksum == memories[int(record.name) % len(memories)].checksum
         age(tmp_path)
         store.gc()
-        assert {path.stem for path in (tmp_path / "memories").rglob("*.*")} == {record.key for record in records}
+        assert {path.stem for path in (tmp_path / "memories").rglob("*.*")} == {record.file for record in records}
         assert store.verify() == []
 
 
@@ -216,20 +216,20 @@ def test_a_file_and_its_name_are_flushed_before_the_record(tmp_path: Path, memor
             flushed.append((str(Path(f"/proc/self/fd/{handle}").readlink()), len(store.records())))
 
         monkeypatch.setattr(os, "fsync", look)
-        store.put(memories[0], key=key(7))
-        folder = tmp_path / "memories" / "00"
+        name = store.put(memories[0], key=key(7)).checksum
+        folder = tmp_path / "memories" / name[:2]
         assert [name for name, _ in flushed[:1] + flushed[2:]] == [str(folder.parent), str(folder)]
         assert flushed[1][0].startswith(f"{folder}/.nugget2d-")
         assert [records for _, records in flushed] == [0, 0, 0] and len(store.records()) == 1
-        assert store._backend._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
-        assert store._backend._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert store._backend._index._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+        assert store._backend._index._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_gc_sweeps_only_what_is_old(tmp_path: Path, memories: list[Memory]) -> None:
     with MemoryStore(tmp_path) as store:
         kept = store.put(memories[0])
         orphan = tmp_path / "memories" / "ab" / f"ab{'0' * 30}.nugget"
-        half = tmp_path / "memories" / "ab" / ".half.nugget.x.tmp"
+        half = orphan.with_name(f".{orphan.name}.x.tmp")
         orphan.parent.mkdir(exist_ok=True)
         orphan.write_bytes(b"12345")
         half.write_bytes(b"123")

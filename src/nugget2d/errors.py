@@ -38,6 +38,14 @@ class StoreError(NuggetError):
     """A store cannot be opened, read or written, or is of a newer version."""
 
 
+class DamageError(StoreError):
+    """A record of a store is damaged, or has lost its file."""
+
+
+class StoreGoneError(StoreError):
+    """The folder of an open store was removed, moved or replaced."""
+
+
 class UnknownMemoryError(StoreError):
     """A store has no memory of that id (or none that this owner may see)."""
 
@@ -72,6 +80,10 @@ class ExactFallbackWarning(UserWarning):
 
 class AccuracyWarning(UserWarning):
     """Some segments of a memory miss `target_accuracy`; each keeps the states with the best measured accuracy."""
+
+
+class DamageWarning(UserWarning):
+    """A list of a store leaves out a record that is damaged."""
 
 
 class SearchWarning(UserWarning):

@@ -19,6 +19,7 @@ from rich.text import Text
 from nugget2d.errors import (
     AccuracyWarning,
     ContextWarning,
+    DamageWarning,
     ExactFallbackWarning,
     InputError,
     ModelError,
@@ -225,6 +226,6 @@ def show_own_warnings() -> None:
         say("warning", str(message))
 
     warnings.simplefilter("ignore")
-    for ours in (ExactFallbackWarning, ContextWarning, AccuracyWarning, SearchWarning):
+    for ours in (ExactFallbackWarning, ContextWarning, AccuracyWarning, SearchWarning, DamageWarning):
         warnings.simplefilter("always", ours)
     warnings.showwarning = show

@@ -168,13 +168,13 @@ def search(
 def verify(store: StorePlace = DEFAULT_STORE) -> None:
     """Read every memory, check it against its checksums, and name what is damaged."""
     with _open(store) as memories:
-        damages = memories.verify()
+        with safe_to_interrupt():  # the first memory that is read brings torch
+            damages = memories.verify()
         for damage in damages:
-            remedy = f"; `nugget2d store rm {damage.id[:SHORT]}` and add its text again" if damage.id else ""
-            say("error", f"{damage.id or 'index'}: {damage.reason}{remedy}")
+            say("error", f"{damage.id or 'index'}: {damage.reason}")
         if damages:
             raise typer.Exit(1)
-        say("verified", f"{len(memories.records()):,} memories, nothing is damaged")
+        say("verified", f"{len(memories.matching('')):,} memories, nothing is damaged")
 
 
 @store.command()
@@ -186,10 +186,9 @@ def gc(store: StorePlace = DEFAULT_STORE) -> None:
 
 
 def _open(place: str, *, create: bool = False) -> "MemoryStore":
-    show_own_warnings()
-    with safe_to_interrupt():
-        from nugget2d.store import MemoryStore
+    from nugget2d.store import MemoryStore
 
+    show_own_warnings()
     return MemoryStore(place, create=create)
 
 
@@ -204,9 +203,7 @@ def _whole(memories: "MemoryStore", id: str) -> str:
         UnknownMemoryError: none does.
         InputError: several do.
     """
-    if len(id) == 32:  # complete: may be that of a damaged record
-        return id
-    found = [record.id for record in memories.records() if record.id.startswith(id)]
+    found = memories.matching(id)
     if not found:
         raise UnknownMemoryError(f"no id in this store begins with {id!r}; see `nugget2d store list`")
     if len(found) > 1:

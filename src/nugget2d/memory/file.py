@@ -104,13 +104,15 @@ def to_bytes(tensors: Mapping[str, Tensor], header: str) -> bytes:
     return save_tensors(dict(tensors), metadata)
 
 
-def from_bytes(data: bytes, source: Path | str) -> dict[str, Any]:
+def from_bytes(data: bytes, source: Path | str, expected: str | None = None) -> dict[str, Any]:
     """The fields of a memory from the bytes of its file; `source` is its name in errors.
 
     Raises:
-        MemoryFileError: not a memory, of a newer format, truncated, damaged, or not valid.
+        MemoryFileError: not a memory, not the one of the expected checksum, of a newer format, truncated, damaged, or
+            not valid.
     """
     metadata = _metadata(data, source)
+    _require(metadata, expected, source)
     try:
         tensors = load_tensors(data)
     except _UNREADABLE as error:
@@ -132,13 +134,15 @@ def read_file(path: Path | str) -> dict[str, Any]:
     return from_bytes(data, path)
 
 
-def map_file(path: Path | str, *, verify: bool) -> dict[str, Any]:
+def map_file(path: Path | str, expected: str | None, *, verify: bool) -> dict[str, Any]:
     """The same from a file whose tensors are mapped; see `Memory.map`.
 
     Raises:
-        MemoryFileError: missing, not a memory, of a newer format, truncated, damaged, or not valid.
+        MemoryFileError: missing, not a memory, not the one of the expected checksum, of a newer format, truncated,
+            damaged, or not valid.
     """
     metadata, tensors = _mapped(path)
+    _require(metadata, expected, path)
     return _checked(tensors, metadata, path, verify=verify)
 
 
@@ -207,6 +211,12 @@ def _metadata(data: bytes, path: Path | str) -> dict[str, str]:
 
 def _reason(error: Exception) -> str:
     return f"no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _require(metadata: dict[str, str], expected: str | None, path: Path | str) -> None:
+    """Refuse a whole file of another memory."""
+    if expected is not None and metadata.get("checksum") != expected:
+        raise MemoryFileError(f"memory {path} is not the one that was stored there (its checksum is another one)")
 
 
 def _damaged(path: Path | str) -> str:

@@ -297,16 +297,21 @@ class Memory:
         return Memory(**file.read_file(path))
 
     @staticmethod
-    def from_bytes(data: bytes, source: Path | str) -> "Memory":
+    def from_bytes(data: bytes, source: Path | str, *, checksum: str | None = None) -> "Memory":
         """The memory that `to_bytes` made `data` of; `source` is its name in errors.
 
+        Args:
+            data: of a file written by `save`.
+            source: its name in errors.
+            checksum: of the memory that is expected; None takes any.
+
         Raises:
-            MemoryFileError: not a memory, of a newer format, truncated, damaged, or not valid.
+            MemoryFileError: not a memory, another one, of a newer format, truncated, damaged, or not valid.
         """
-        return Memory(**file.from_bytes(data, source))
+        return Memory(**file.from_bytes(data, source, checksum))
 
     @staticmethod
-    def map(path: Path | str, *, verify: bool = True) -> "Memory":
+    def map(path: Path | str, *, verify: bool = True, checksum: str | None = None) -> "Memory":
         """The same as `load`, but the tensors stay in the file and are paged in as they are touched.
 
         Only for files that are not changed in place: truncating a mapped file ends the process. Writes to the tensors
@@ -316,11 +321,12 @@ class Memory:
             path: of a file written by `save`.
             verify: False leaves out the checksum, which would read the whole file: then a layer is read when it is
                 first looked at, and damage in it goes unnoticed.
+            checksum: of the memory that is expected; None takes any.
 
         Raises:
-            MemoryFileError: missing, not a memory, of a newer format, truncated, damaged, or not valid.
+            MemoryFileError: missing, not a memory, another one, of a newer format, truncated, damaged, or not valid.
         """
-        return Memory(**file.map_file(path, verify=verify))
+        return Memory(**file.map_file(path, checksum, verify=verify))
 
     def _packed(self) -> tuple[dict[str, Tensor], str]:
         return file.pack(

@@ -3,25 +3,27 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError, model_validator
 
 from nugget2d.config import Frozen
 from nugget2d.deprecation import renamed_keywords
 from nugget2d.errors import InputError
-from nugget2d.memory.memory import Memory
-from nugget2d.memory.states import StoreDtype
-from nugget2d.methods.base import Method
 from nugget2d.methods.budget import Budget
 from nugget2d.methods.registry import DEFAULT, make_method
-from nugget2d.modeling.network import Network
+
+if TYPE_CHECKING:  # the records of a store hold options: lists of them must not wait for torch
+    from nugget2d.memory.memory import Memory
+    from nugget2d.memory.states import StoreDtype
+    from nugget2d.methods.base import Method
+    from nugget2d.modeling.network import Network
 
 # former names of options, in calls and in the records of earlier stores
 RENAMED = {"quality": "target_accuracy", "refine": "optimize_steps"}
 
 # how states are kept unless asked otherwise: a quarter of float32, without a measurable loss (docs/RESULTS.md)
-KEPT_DTYPE: StoreDtype = "int8"
+KEPT_DTYPE: "StoreDtype" = "int8"
 
 
 class CompressOptions(Frozen):
@@ -45,7 +47,7 @@ class CompressOptions(Frozen):
     @staticmethod
     @renamed_keywords(**RENAMED)
     def of(
-        model: Network,
+        model: "Network",
         /,
         *,
         method: str | None = None,
@@ -74,7 +76,7 @@ class CompressOptions(Frozen):
         return how
 
     @staticmethod
-    def to_keep(model: Network, /, **options: Any) -> "CompressOptions":
+    def to_keep(model: "Network", /, **options: Any) -> "CompressOptions":
         """The same for a memory that is kept in a file or a store: its states are int8 unless a dtype is given.
 
         Raises:
@@ -91,13 +93,13 @@ class CompressOptions(Frozen):
         given = (self.ratio, self.nuggets, self.nbytes)
         return None if given == (None, None, None) else Budget(*given)
 
-    def make(self) -> Method:
+    def make(self) -> "Method":
         """The method."""
         return make_method(self.method, self.config)
 
     def compress(
-        self, model: Network, texts: Sequence[str], on_progress: Callable[[int, int], None] | None = None
-    ) -> list[Memory]:
+        self, model: "Network", texts: Sequence[str], on_progress: Callable[[int, int], None] | None = None
+    ) -> "list[Memory]":
         """Compress `texts`.
 
         Raises:
@@ -108,7 +110,7 @@ class CompressOptions(Frozen):
                 raise InputError(f"text {number} is {type(text).__name__}, not str; decode bytes first")
         return self.make().compress(model, texts, self.budget, on_progress)
 
-    def address(self, text: str, model: Network) -> str:
+    def address(self, text: str, model: "Network") -> str:
         """Content address of the memory that `model` makes of `text`, in 32 hexadecimal digits.
 
         For methods that need training it depends on all trained weights; for others on the base and tokenizer only.

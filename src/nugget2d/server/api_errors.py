@@ -10,12 +10,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from nugget2d.errors import (
+    DamageError,
     InputError,
     LimitError,
+    MemoryFileError,
     MismatchError,
     ModelError,
     OverloadError,
     ShutdownError,
+    StoreGoneError,
     TimeLimitError,
     UnknownMemoryError,
 )
@@ -88,6 +91,10 @@ def api_error(error: Exception) -> APIError:
         return APIError(429, message, "queue_full")
     if isinstance(error, ShutdownError):
         return APIError(503, message, "shutting_down")
+    if isinstance(error, (DamageError, MemoryFileError)):  # their messages name files
+        return APIError(500, "a memory is damaged or lost; add its text again, or delete it", "memory_damaged")
+    if isinstance(error, StoreGoneError):  # here, too
+        return APIError(503, "the server's store is gone; nothing can be read or kept until it is back", "store_gone")
     if isinstance(error, TimeLimitError):
         return APIError(504, message, "time_limit")
     return APIError(500, "the server failed on this request; its log has the reason")

@@ -14,6 +14,7 @@ from nugget2d.server.context import RequestContext
 from nugget2d.server.schemas import (
     DeletedMemory,
     MemoryList,
+    MemoryQuery,
     MemoryRequest,
     MethodName,
     Name,
@@ -22,13 +23,13 @@ from nugget2d.server.schemas import (
     Tag,
 )
 from nugget2d.server.service import Service
-from nugget2d.store import Record
+from nugget2d.store import Record, Wanted
 
 REFUSED = documented(400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
-LISTED = documented(401, 408, 413, 422, 429, 500, 504)
+LISTED = documented(401, 404, 408, 413, 422, 429, 500, 503, 504)
 # of the upload form; FastAPI would drop others in silence
 FIELDS = {"file", "name", "tags", "method", "ratio", "nuggets", "nbytes", "dtype", "options"}
-FOUND = documented(401, 404, 408, 413, 422, 429, 500, 504)
+FOUND = documented(401, 404, 408, 413, 422, 429, 500, 503, 504)
 
 
 def memories(service: Service) -> APIRouter:
@@ -81,11 +82,16 @@ def memories(service: Service) -> APIRouter:
         return shown(await service.remember(RequestContext.of(request), body))
 
     @api.get("", responses=LISTED)
-    async def listed(request: Request, tag: Annotated[str | None, Query()] = None) -> MemoryList:
-        """All of them, oldest first."""
+    async def listed(request: Request, query: Annotated[MemoryQuery, Query()]) -> MemoryList:
+        """A part of them, oldest first; those that are damaged are left out."""
         context = RequestContext.of(request)
-        records = await service.in_thread(context, lambda: store.records(owner=context.owner, tag=tag))
-        return MemoryList(data=[shown(record) for record in records])
+        wanted = Wanted(context.owner, query.tag, query.after, query.limit, query.order == "desc")
+        page = await service.in_thread(context, lambda: store.page(wanted))
+        if page.damages:
+            context.metrics["damaged"] = [damage.id for damage in page.damages]
+        data = [shown(record) for record in page.records]
+        first, last = (data[0].id, data[-1].id) if data else (None, None)
+        return MemoryList(data=data, first_id=first, last_id=last, has_more=page.more)
 
     @api.get("/{id}", responses=FOUND)
     async def one(id: str, request: Request) -> StoredMemory:

@@ -227,6 +227,22 @@ class MemoryRequest(Sent):
     options: Options = Field(default={})
 
 
+class MemoryQuery(Sent):
+    """`GET /v1/memories`: which part of the list; the next one begins `after` its `last_id`.
+
+    Attributes:
+        limit: how many.
+        after: the id of the memory before the first one.
+        order: by age: "asc" is oldest first.
+        tag: only memories that have it.
+    """
+
+    limit: int = Field(default=100, ge=1, le=100)
+    after: str | None = None
+    order: Literal["asc", "desc"] = "asc"
+    tag: str | None = None
+
+
 # ---- what they get ----
 
 
@@ -262,10 +278,13 @@ class StoredMemory(BaseModel):
 
 
 class MemoryList(BaseModel):
-    """`GET /v1/memories`."""
+    """`GET /v1/memories`: a part of the list, its first and last id, and whether there is more after it."""
 
     object: Literal["list"] = "list"
     data: list[StoredMemory]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class DeletedMemory(BaseModel):

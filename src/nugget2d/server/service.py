@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from nugget2d.errors import InputError, UnknownMemoryError
+from nugget2d.errors import InputError
 from nugget2d.inference.prompting import PLAIN_STOP, Message, plain_text, stop_tokens
 from nugget2d.inference.sampling import Sampler
 from nugget2d.memory.memory import Memory
@@ -31,7 +31,6 @@ from nugget2d.server.metrics import Metrics
 from nugget2d.server.schemas import MemoryRequest
 from nugget2d.server.settings import Settings
 from nugget2d.store import MemoryStore, Record
-from nugget2d.store.record import record_id
 from nugget2d.text.detokenizer import Transcript
 
 THREADS = 2  # of each kind of work
@@ -144,7 +143,7 @@ class Service:
         return self._local.tokenizer
 
     async def remember(self, context: RequestContext, request: MemoryRequest) -> Record:
-        """Keep the memory of a text; it is compressed only if this owner has not added it before.
+        """Keep the memory of a text; it is compressed only if this owner does not have it, whole.
 
         (Using that of another owner would reveal, by the time it takes, that the text is stored.)
 
@@ -162,9 +161,8 @@ class Service:
 
         def begin() -> tuple[str, Record | None, int]:
             key = settings.address(request.text, self._model)
-            with suppress(UnknownMemoryError):
-                return key, self.store.record(record_id(key, context.owner), owner=context.owner), 0
-            return key, None, self._begin(context, request.text, settings)
+            known = self.store.at(key, owner=context.owner)
+            return key, known, 0 if known is not None else self._begin(context, request.text, settings)
 
         chars = len(request.text)
         key, known, size = await self._work(context, chars, begin)
@@ -271,11 +269,8 @@ class Service:
             raise InputError("the text is empty; there is nothing to compress")
         made = self._costs.memory(self._model, settings, tokens)
         context.held.take(self._costs.compression(made, tokens))
-
-        def stored() -> int:
-            return sum(record.nbytes for record in self.store.records(owner=context.owner))
-
-        context.at_end(self._quota.take(context.owner, made, stored))
+        owner = context.owner
+        context.at_end(self._quota.take(owner, made, lambda: self.store.nbytes(owner=owner)))
         return tokens
 
     def _load(self, context: RequestContext, ids: Sequence[str]) -> tuple[Memory | None, int]:

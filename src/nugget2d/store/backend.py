@@ -4,17 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pydantic import ValidationError
 
-from nugget2d.errors import StoreError
-from nugget2d.memory.memory import Memory
+from nugget2d.errors import DamageError, UnknownMemoryError
 from nugget2d.store.record import Record
+
+if TYPE_CHECKING:  # lists do not wait for torch
+    from nugget2d.memory.memory import Memory
 
 
 class Damage(NamedTuple):
-    """Something that `verify` found: where, and what is wrong with it. `id` is empty if it is no single memory."""
+    """Something that is damaged: where, and what is wrong with it. `id` is empty if it is no single memory."""
 
     id: str
     place: str
@@ -26,6 +28,33 @@ class Swept(NamedTuple):
 
     files: int
     nbytes: int
+
+
+class Page(NamedTuple):
+    """A part of a list: its records, those among them that cannot be read, and whether there are more after them."""
+
+    records: list[Record]
+    damages: list[Damage]
+    more: bool
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is listed, by age.
+
+    Attributes:
+        owner: whose records; None takes those of all.
+        tag: that they have.
+        after: the id of the record before the first one.
+        limit: how many at most.
+        newest_first: the order.
+    """
+
+    owner: str | None = None
+    tag: str | None = None
+    after: str | None = None
+    limit: int | None = None
+    newest_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,21 +84,48 @@ def read_record(record_id: str, text: bytes) -> Record:
     """A record from its JSON.
 
     Raises:
-        StoreError: it is damaged.
+        DamageError: it is damaged.
     """
     try:
-        return Record.model_validate_json(text)
+        record = Record.model_validate_json(text)
     except ValidationError as error:
-        raise StoreError(f"record {record_id} is damaged; remove it and add its text again") from error
+        raise damaged(record_id, "it cannot be read") from error
+    if record.id != record_id:
+        raise damaged(record_id, "it is another one")
+    return record
+
+
+def checked_record(record_id: str, text: bytes, words: bytes, digest: bytes) -> Record:
+    """A record from its JSON, if that and its words are what was written.
+
+    Raises:
+        DamageError: they are not.
+    """
+    if entry_digest(text, words) != digest:
+        raise damaged(record_id, "it does not match its checksum")
+    return read_record(record_id, text)
+
+
+def damaged(record_id: str, how: str) -> DamageError:
+    """The error of a record that is not what was written."""
+    return DamageError(f"record {record_id} is damaged ({how}); add its text again, or remove it")
+
+
+def lost(record_id: str, place: str) -> DamageError:
+    """The error of a record whose file is not at its place."""
+    return DamageError(f"memory {record_id} has lost its file {place}; add its text again, or remove it")
+
+
+def unknown(record_id: str) -> UnknownMemoryError:
+    """The error of an id that is no record's, or another owner's."""
+    return UnknownMemoryError(f"there is no memory {record_id!r} in this store")
 
 
 def read_entry(record_id: str, place: str, text: bytes, words: bytes, digest: bytes) -> Entry | Damage:
     """A record and its words, or what is wrong with them."""
-    if entry_digest(text, words) != digest:
-        return Damage(record_id, place, "its record does not match its checksum")
     try:
-        return Entry(read_record(record_id, text), words)
-    except StoreError as error:
+        return Entry(checked_record(record_id, text, words, digest), words)
+    except DamageError as error:
         return Damage(record_id, place, str(error))
 
 
@@ -77,13 +133,33 @@ class Backend(Protocol):
     """Records, and the memory files that they point to."""
 
     def keep(self, entry: Entry, data: bytes) -> Record:
-        """Write the file, then the record: durable when it returns. An existing record of this id is returned as is."""
+        """Write the file, then the record: durable when it returns.
 
-    def record(self, record_id: str) -> Record | None:
-        """The record of that id, if there is one."""
+        An existing record of this id is returned as it is if it is whole; else it is replaced.
+        """
 
-    def records(self) -> list[Record]:
-        """All records, oldest first."""
+    def record(self, record_id: str, owner: str | None = None) -> Record | None:
+        """The record of that id, if there is one of this owner (None: of anybody).
+
+        Raises:
+            DamageError: it is damaged.
+        """
+
+    def whole(self, record_id: str) -> Record | None:
+        """The record of that id, if there is one and neither it nor its memory is damaged or missing."""
+
+    def page(self, wanted: Wanted) -> Page:
+        """A part of the list.
+
+        Raises:
+            UnknownMemoryError: there is no record to begin after.
+        """
+
+    def nbytes(self, owner: str) -> int:
+        """Bytes of an owner's memories, together."""
+
+    def matching(self, prefix: str) -> list[str]:
+        """The ids that begin so, of damaged records too."""
 
     words_file: Path | None
     """Where the index of a search may lie (fulltext.py); None keeps it in memory."""
@@ -94,20 +170,23 @@ class Backend(Protocol):
     def entries(self, ids: Sequence[str]) -> list[Entry | Damage]:
         """Those of these records, some hundreds at most, that there are, with their words; in the order of `ids`."""
 
-    def load(self, record: Record, *, verify: bool) -> Memory:
+    def load(self, record: Record, *, verify: bool) -> "Memory":
         """The memory of a record.
 
         Raises:
             UnknownMemoryError: it was removed meanwhile.
-            StoreError: its file is missing.
-            MemoryFileError: its file is damaged.
+            DamageError: its file is missing.
+            MemoryFileError: its file is damaged, or another memory's.
         """
 
-    def find(self, key: str) -> Memory | None:
+    def find(self, key: str) -> "Memory | None":
         """An undamaged memory at a content address, of any owner."""
 
-    def remove(self, record_id: str) -> bool:
-        """Remove a record, and its file if no other record points to it; returns whether there was one."""
+    def remove(self, record_id: str, owner: str | None = None) -> bool:
+        """Remove a record of this owner (None: of anybody), and its file if no other record points to it.
+
+        It may be damaged. Returns whether there was one.
+        """
 
     def verify(self) -> list[Damage]:
         """Read everything and check it."""

@@ -5,8 +5,8 @@
 
 There are no locks. A memory's file is written first, under a unique name, then its record, with the one conditional
 write of such storage: create if absent. This write is the acknowledgement; of two writers of the same memory one
-succeeds. Unlike in a folder, records do not share files: without transactions it cannot be decided that a removed
-record was the last one.
+succeeds. Only a record that is damaged, or whose memory is, is overwritten. Unlike in a folder, records do not share
+files: without transactions it cannot be decided that a removed record was the last one.
 """
 
 import json
@@ -17,15 +17,35 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from nugget2d.errors import MemoryFileError, NuggetError, StoreError, UnknownMemoryError
-from nugget2d.memory.memory import Memory
-from nugget2d.store.backend import Damage, Entry, Swept, entry_digest, read_entry, read_record
-from nugget2d.store.record import Record
+from nugget2d.errors import (
+    DamageError,
+    MemoryFileError,
+    StoreError,
+    UnknownMemoryError,
+)
+from nugget2d.store.backend import (
+    Damage,
+    Entry,
+    Page,
+    Swept,
+    Wanted,
+    checked_record,
+    damaged,
+    lost,
+    read_entry,
+    read_record,
+    unknown,
+)
+from nugget2d.store.record import Record, record_id
 
-VERSION = 2
+if TYPE_CHECKING:
+    from nugget2d.memory.memory import Memory
+
+VERSION = 3
+READABLE = (2, 3)  # records of version 2 hold no checksum of their memory
 ORPHAN_SECONDS = 3600  # a writer that needs half as long between file and record starts over
 REQUESTS = 16  # concurrent ones, for records
 
@@ -39,21 +59,29 @@ class _Row:
     file: str
     digest: bytes
 
+    @staticmethod
+    def of(entry: Entry, file: str) -> "_Row":
+        return _Row(entry.text, entry.words, file, entry.digest)
+
+    def checked(self, record_id: str) -> Record:
+        """The record, if that and its words are what was written."""
+        return checked_record(record_id, self.text, self.words, self.digest)
+
     def to_bytes(self) -> bytes:
         fields = {"words": b64encode(self.words).decode(), "digest": self.digest.hex(), "file": self.file}
         return json.dumps({"version": VERSION, "record": self.text.decode(), **fields}).encode()
 
     @staticmethod
-    def from_bytes(data: bytes, source: str) -> "_Row":
+    def from_bytes(data: bytes, record_id: str) -> "_Row":
         try:
             fields = json.loads(data)
             version = fields["version"]
-            if version == VERSION:
+            if version in READABLE:
                 words = b64decode(fields["words"], validate=True)
                 return _Row(fields["record"].encode(), words, fields["file"], bytes.fromhex(fields["digest"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{source} is damaged; remove it and add its text again") from error
-        raise StoreError(f"{source} has version {version}, this package reads {VERSION}; upgrade it")
+            raise damaged(record_id, "it cannot be read") from error
+        raise StoreError(f"record {record_id} has version {version}, this package reads {VERSION}; upgrade it")
 
 
 class Bucket:
@@ -76,40 +104,86 @@ class Bucket:
         self._failures, self._exists = (BaseError, OSError), AlreadyExistsError
         with self._errors():
             self._bucket = obstore.store.from_url(url, **options)
-        self._seen: dict[str, tuple[tuple[object, ...], _Row]] = {}  # by name: version of the object, what it holds
+        # by name: version of the object, and what it holds if it is not damaged
+        self._seen: dict[str, tuple[tuple[object, ...], _Row | None]] = {}
 
     def keep(self, entry: Entry, data: bytes) -> Record:
         """See `Backend`."""
-        record, name = entry.record, _row_name(entry.record.id)
+        name = _row_name(entry.record.id)
         while True:
             start = time.monotonic()
-            file = f"memories/{record.key}/{uuid4().hex}.nugget"
-            row = _Row(entry.text, entry.words, file, entry.digest)
+            file = f"memories/{entry.record.key}/{uuid4().hex}.nugget"
             with self._errors():
                 self._storage.put(self._bucket, file, data)
                 if time.monotonic() - start > ORPHAN_SECONDS / 2:
                     continue  # `sweep` may be about to remove the file as an orphan
                 try:
-                    self._storage.put(self._bucket, name, row.to_bytes(), mode="create")
-                    return record
+                    self._storage.put(self._bucket, name, _Row.of(entry, file).to_bytes(), mode="create")
+                    return entry.record
                 except self._exists:
-                    there = self._row(name)
-                    # ours, if the answer to a first try was lost and the request repeated below
-                    if there is not None and there.file == file:
-                        return record
-                    self._storage.delete(self._bucket, file)
-            if there is not None:  # else removed just now
-                return read_record(record.id, there.text)
+                    pass
+            known = None
+            try:
+                if (there := self._row(entry.record.id)) is None:  # removed just now
+                    self._delete(file)
+                    continue
+                if there.file == file:  # ours: the answer to a first try was lost and the request repeated below
+                    return entry.record
+                known = there.checked(entry.record.id)
+                self._load(known, there)
+                self._delete(file)
+                return known
+            except (DamageError, MemoryFileError):
+                if known is not None:
+                    entry = Entry(entry.record.in_place_of(known), entry.words)
+            with self._errors():
+                self._storage.put(self._bucket, name, _Row.of(entry, file).to_bytes())
+            if known is not None and there is not None:
+                self._delete(there.file)
+            return entry.record
 
-    def record(self, record_id: str) -> Record | None:
+    def record(self, record_id: str, owner: str | None = None) -> Record | None:
         """See `Backend`."""
-        row = self._row(_row_name(record_id))
-        return None if row is None else read_record(record_id, row.text)
+        try:
+            if (row := self._row(record_id)) is None:
+                return None
+            record = read_record(record_id, row.text)
+        except DamageError:
+            if owner is None or self._proves(record_id, owner):
+                raise
+            return None
+        return record if owner in (None, record.owner) else None
 
-    def records(self) -> list[Record]:
+    def whole(self, record_id: str) -> Record | None:
         """See `Backend`."""
-        records = [read_record(_id(name), row.text) for name, row in self._rows().items()]
-        return sorted(records, key=lambda record: (record.created, record.id))
+        try:
+            return self._whole(record_id)
+        except (DamageError, MemoryFileError):
+            return None
+
+    def page(self, wanted: Wanted) -> Page:
+        """See `Backend`; the bucket is listed whole, and damaged records are named with the first part."""
+        entries, damages = self._listed()
+        records = [entry.record for entry in entries if wanted.owner in (None, entry.record.owner)]
+        if wanted.newest_first:
+            records.reverse()
+        if wanted.after is not None:
+            places = [place for place, record in enumerate(records) if record.id == wanted.after]
+            if not places:
+                raise unknown(wanted.after)
+            records, damages = records[places[0] + 1 :], []
+        if wanted.tag is not None:
+            records = [record for record in records if wanted.tag in record.tags]
+        part = records[: wanted.limit]
+        return Page(part, damages, len(part) < len(records))
+
+    def nbytes(self, owner: str) -> int:
+        """See `Backend`; without damaged records."""
+        return sum(record.nbytes for record in self.page(Wanted(owner)).records)
+
+    def matching(self, prefix: str) -> list[str]:
+        """See `Backend`."""
+        return sorted(id for id in map(_id, self._list("records/")) if id.startswith(prefix))
 
     def ids(self) -> list[str]:
         """See `Backend`."""
@@ -121,20 +195,17 @@ class Bucket:
             found = list(pool.map(self._entry, ids))
         return [entry for entry in found if entry is not None]
 
-    def load(self, record: Record, *, verify: bool) -> Memory:
+    def load(self, record: Record, *, verify: bool) -> "Memory":
         """See `Backend`; the whole file is read, and its checksum is always verified."""
-        row = self._row(_row_name(record.id))
+        row = self._row(record.id)
         if row is None:
             raise UnknownMemoryError(f"memory {record.id} was removed just now")
-        data = self._read(row.file)
-        if data is None:
-            raise StoreError(
-                f"memory {record.id} has lost its file {self._url}/{row.file}; remove it and add its text again"
-            )
-        return Memory.from_bytes(data, f"{self._url}/{row.file}")
+        return self._load(record, row)
 
-    def find(self, key: str) -> Memory | None:
+    def find(self, key: str) -> "Memory | None":
         """See `Backend`."""
+        from nugget2d.memory.memory import Memory
+
         for name in self._list(f"memories/{key}/"):
             try:
                 if (data := self._read(name)) is not None:
@@ -143,83 +214,119 @@ class Bucket:
                 continue
         return None
 
-    def remove(self, record_id: str) -> bool:
+    def remove(self, record_id: str, owner: str | None = None) -> bool:
         """See `Backend`."""
-        name = _row_name(record_id)
-        data = self._read(name)
-        if data is None:
-            return False
-        with self._errors():
-            self._storage.delete(self._bucket, name)
-            with suppress(StoreError):  # of a record that cannot be read the file is left to `sweep`
-                self._storage.delete(self._bucket, _Row.from_bytes(data, name).file)
-        return True
+        try:
+            if self.record(record_id, owner) is None:
+                return False
+        except DamageError:
+            pass
+        data = self._read(_row_name(record_id))
+        self._delete(_row_name(record_id))
+        with suppress(DamageError):  # of a record that cannot be read the file is left to `sweep`
+            if data is not None:
+                self._delete(_Row.from_bytes(data, record_id).file)
+        return data is not None
 
     def verify(self) -> list[Damage]:
         """See `Backend`."""
         damages = []
         for name in sorted(self._list("records/")):
             try:
-                if (row := self._row(name)) is None:
-                    continue  # removed meanwhile
-                if entry_digest(row.text, row.words) != row.digest:
-                    raise StoreError("its record does not match its checksum")
-                self.load(read_record(_id(name), row.text), verify=True)
-            except UnknownMemoryError:
-                continue
-            except NuggetError as error:
+                self._whole(_id(name))
+            except (DamageError, MemoryFileError) as error:
                 damages.append(Damage(_id(name), f"{self._url}/{name}", str(error)))
         return damages
 
     def sweep(self) -> Swept:
-        """See `Backend`."""
-        files = self._list(
-            "memories/"
-        )  # before the records: a file whose record is written in between is too new to be removed
-        used = {row.file for row in self._rows().values()}
+        """See `Backend`; a file of a damaged record, which does not tell it any more, is one without a record."""
+        # before the records: a file whose record is written in between is too new to be removed
+        files = self._list("memories/")
+        used = {row.file for row in self._rows().values() if row is not None}
         old = [
             (name, meta["size"])
             for name, meta in files.items()
             if name not in used and meta["last_modified"].timestamp() < time.time() - ORPHAN_SECONDS
         ]
-        with self._errors():
-            for name, _ in old:
-                self._storage.delete(self._bucket, name)
+        for name, _ in old:
+            self._delete(name)
         return Swept(len(old), sum(size for _, size in old))
 
     def place(self, record: Record) -> str:
         """See `Backend`."""
-        row = self._row(_row_name(record.id))
+        row = self._row(record.id)
         return f"{self._url}/{row.file if row is not None else ''}"
 
     def close(self) -> None:
         """See `Backend`; nothing has to be closed."""
 
-    def _rows(self) -> dict[str, _Row]:
-        """All of records/ by name. Objects never change, so each version is fetched once."""
+    def _listed(self) -> tuple[list[Entry], list[Damage]]:
+        """What can be read, oldest first, and what cannot."""
+        entries, damages = [], []
+        for name, row in self._rows().items():
+            try:
+                if row is None:
+                    raise damaged(_id(name), "it cannot be read")
+                entries.append(Entry(read_record(_id(name), row.text), row.words))
+            except DamageError as error:
+                damages.append(Damage(_id(name), f"{self._url}/{name}", str(error)))
+        return sorted(entries, key=lambda entry: (entry.record.created, entry.record.id)), damages
+
+    def _rows(self) -> dict[str, _Row | None]:
+        """All of records/ by name, None for what is damaged. Each version of an object is fetched once."""
         listed = {name: (meta["e_tag"], meta["last_modified"]) for name, meta in self._list("records/").items()}
         new = [name for name, version in listed.items() if self._seen.get(name, (None,))[0] != version]
-        with ThreadPoolExecutor(REQUESTS) as pool:
-            fetched = dict(zip(new, pool.map(self._row, new), strict=True))
         seen = {name: self._seen[name] for name in listed.keys() - set(new)}
-        seen |= {name: (listed[name], row) for name, row in fetched.items() if row is not None}
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            for name, data in zip(new, pool.map(self._read, new), strict=True):
+                if data is not None:
+                    seen[name] = (listed[name], None)
+                    with suppress(DamageError):
+                        seen[name] = (listed[name], _Row.from_bytes(data, _id(name)))
         self._seen = seen
         return {name: row for name, (_, row) in seen.items()}
 
     def _entry(self, record_id: str) -> Entry | Damage | None:
-        name = _row_name(record_id)
-        place = f"{self._url}/{name}"
-        if (data := self._read(name)) is None:
-            return None
+        place = f"{self._url}/{_row_name(record_id)}"
         try:
-            row = _Row.from_bytes(data, place)
-        except StoreError as error:
+            row = self._row(record_id)
+        except DamageError as error:
             return Damage(record_id, place, str(error))
-        return read_entry(record_id, place, row.text, row.words, row.digest)
+        return None if row is None else read_entry(record_id, place, row.text, row.words, row.digest)
 
-    def _row(self, name: str) -> _Row | None:
-        data = self._read(name)
-        return None if data is None else _Row.from_bytes(data, f"{self._url}/{name}")
+    def _row(self, record_id: str) -> _Row | None:
+        data = self._read(_row_name(record_id))
+        return None if data is None else _Row.from_bytes(data, record_id)
+
+    def _load(self, record: Record, row: _Row) -> "Memory":
+        from nugget2d.memory.memory import Memory  # only here: lists do not wait for torch
+
+        place = f"{self._url}/{row.file}"
+        if (data := self._read(row.file)) is None:
+            raise lost(record.id, place)
+        return Memory.from_bytes(data, place, checksum=record.checksum or None)
+
+    def _whole(self, record_id: str) -> Record | None:
+        """The record of that id, if there is one.
+
+        Raises:
+            DamageError, MemoryFileError: it, or its memory, is damaged or missing.
+        """
+        if (row := self._row(record_id)) is None:
+            return None
+        record = row.checked(record_id)
+        self._load(record, row)
+        return record
+
+    def _proves(self, id: str, owner: str) -> bool:
+        """Whether an id is this owner's: it is a digest of key and owner, and files lie under keys."""
+        keys = {name.split("/")[1] for name in self._list("memories/")}
+        return any(record_id(key, owner) == id for key in keys)
+
+    def _delete(self, name: str) -> None:
+        """A name that is not there is none to delete."""
+        with self._errors(), suppress(FileNotFoundError):
+            self._storage.delete(self._bucket, name)
 
     def _read(self, name: str) -> bytes | None:
         with self._errors():

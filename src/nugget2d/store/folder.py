@@ -1,52 +1,53 @@
-"""A store in a folder: `index.db` (SQLite, write-ahead log) and one safetensors file a memory.
+"""A store in a folder: `index.db` (index.py) and one safetensors file a memory.
 
     index.db              records, words, checksums of both
     words.db              an index of the words, made again where it is missing (fulltext.py)
-    memories/ab/abcd...   files named by content address; records of several owners may point to one
+    memories/ab/abcd...   files named by the memory's checksum (in earlier stores by its content address); records of
+                          several owners may point to one
 
 A memory is written in this order: its file (flushed, renamed into place, folder flushed), then its row, in a
 transaction that is flushed when it ends (synchronous=FULL). The row is the acknowledgement: a crash before it leaves a
 file without a record, for `sweep`. Files are removed only under SQLite's write lock, and a row is inserted under the
-same lock, after a check that its file (still) exists: no order of events leaves a record without its file. The index of
-a new store is created under another name and then linked into place.
+same lock, after a check that its file (still) exists: no order of events leaves a record without its file. A file is
+only ever replaced by one of the same content.
+
+Links are not followed: what is written and removed lies in the store's own folders.
 """
 
-import os
-import sqlite3
-import tempfile
-import threading
+import re
+import stat
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from urllib.parse import quote
+from typing import TYPE_CHECKING
 
-from nugget2d.errors import MemoryFileError, NuggetError, OutputError, StoreError, UnknownMemoryError
+from nugget2d.errors import (
+    DamageError,
+    MemoryFileError,
+    OutputError,
+    StoreError,
+    UnknownMemoryError,
+)
 from nugget2d.files import atomic_write, sync_folder
-from nugget2d.memory.memory import Memory
-from nugget2d.store.backend import Damage, Entry, Swept, entry_digest, read_entry, read_record
+from nugget2d.store.backend import Damage, Entry, Page, Swept, Wanted, lost, read_entry, read_record
+from nugget2d.store.index import Index, Row, insert
 from nugget2d.store.record import Record
 
-APPLICATION_ID = 0x6E756732  # "nug2": `file index.db` tells what it is
-VERSION = 2
-BUSY_SECONDS = 60  # another writer's transaction takes milliseconds
-ORPHAN_SECONDS = 3600  # between a file and its row there are milliseconds, too
+if TYPE_CHECKING:
+    from nugget2d.memory.memory import Memory
 
-_SCHEMA = f"""
-PRAGMA application_id = {APPLICATION_ID};
-PRAGMA user_version = {VERSION};
-PRAGMA journal_mode = WAL;
-CREATE TABLE records (
-    id TEXT PRIMARY KEY, key TEXT NOT NULL, created TEXT NOT NULL,
-    record BLOB NOT NULL, words BLOB NOT NULL, digest BLOB NOT NULL
-);
-CREATE INDEX records_by_key ON records (key);
-CREATE INDEX records_by_age ON records (created, id);
-"""
+ORPHAN_SECONDS = 3600  # between a file and its row there are milliseconds
+BATCH = 256  # rows that are checked at a time
+
+_FOLDER = re.compile("[0-9a-f]{2}")
+# memories, and what an interrupted `atomic_write` leaves
+_FILE = re.compile(r"[0-9a-f]{32}\.nugget|\.(nugget2d-|[0-9a-f]{32}\.nugget\.).+\.tmp")
 
 
 class Folder:
-    """See `Backend`; one connection, shared by threads one at a time."""
+    """See `Backend`."""
 
     def __init__(self, path: Path, *, create: bool) -> None:
         """Open the store at `path`; with `create`, make it if there is none.
@@ -54,75 +55,103 @@ class Folder:
         Raises:
             StoreError: there is none, it is not a store, of a newer version, or cannot be opened.
         """
-        self._index, self._memories = path / "index.db", path / "memories"
+        self._index, self._memories = Index(path / "index.db", create=create), path / "memories"
         self.words_file: Path | None = path / "words.db"
-        self._lock = threading.RLock()
-        try:
-            made = self._index.is_file()
-        except OSError as error:  # such as a name that is too long
-            raise StoreError(f"cannot open a store at {path}: {error.strerror}") from error
-        if not made:
-            if not create:
-                raise StoreError(f"there is no store at {path}; `nugget2d store add` creates one")
-            self._make()
-        with self._errors():
-            self._db = self._open()
 
     def keep(self, entry: Entry, data: bytes) -> Record:
         """See `Backend`."""
-        record, path = entry.record, self._path(entry.record.key)
-        row = (record.id, record.key, record.created, entry.text, entry.words, entry.digest)
+        path = self._path(entry.record.file)
         while True:
             self._write(path, data)
-            with self._transaction() as db:
+            with self._index.transaction() as db:
                 if not path.is_file():
                     continue  # removed by a sweep before its row was inserted
-                if not db.execute("INSERT OR IGNORE INTO records VALUES (?, ?, ?, ?, ?, ?)", row).rowcount:
-                    (text,) = db.execute("SELECT record FROM records WHERE id = ?", row[:1]).fetchone()
-                    record = read_record(record.id, text)
-            return record
+                there = self._index.row(entry.record.id)
+                if (kept := self._whole(there)) is None:
+                    if there is not None:
+                        entry = self._in_place_of(there, entry)
+                    kept = entry.record
+                    insert(db, Row.of(entry))
+            break
+        for unused in {entry.record.file, there.file if there else kept.file} - {kept.file}:
+            self._remove_orphan(self._path(unused), 0)
+        return kept
 
-    def record(self, record_id: str) -> Record | None:
+    def record(self, record_id: str, owner: str | None = None) -> Record | None:
         """See `Backend`."""
-        rows = self._rows("SELECT record FROM records WHERE id = ?", record_id)
-        return read_record(record_id, rows[0][0]) if rows else None
+        rows = self._index.rows("SELECT record, owner FROM records WHERE id = ?", record_id)
+        if not rows or owner not in (None, rows[0][1]):
+            return None
+        return read_record(record_id, rows[0][0])
 
-    def records(self) -> list[Record]:
+    def whole(self, record_id: str) -> Record | None:
         """See `Backend`."""
-        rows = self._rows("SELECT id, record FROM records ORDER BY created, id")
-        return [read_record(record_id, text) for record_id, text in rows]
+        return self._whole(self._index.row(record_id))
+
+    def page(self, wanted: Wanted) -> Page:
+        """See `Backend`."""
+        most = None if wanted.limit is None else wanted.limit + 1  # one more tells whether there are more
+        records: list[Record] = []
+        damages: list[Damage] = []
+        while True:  # usually once: in place of a damaged record comes the next one
+            left = None if most is None else most - len(records)
+            rows = self._index.listed(replace(wanted, limit=left))
+            for record_id, text in rows:
+                try:
+                    records.append(read_record(record_id, text))
+                except DamageError as error:
+                    damages.append(Damage(record_id, str(self._index.path), str(error)))
+            if left is None or len(rows) < left or len(records) == most:
+                return Page(records[: wanted.limit], damages, len(records) == most)
+            wanted = replace(wanted, after=rows[-1][0])
+
+    def nbytes(self, owner: str) -> int:
+        """See `Backend`."""
+        ((total,),) = self._index.rows("SELECT ifnull(sum(nbytes), 0) FROM records WHERE owner = ?", owner)
+        return int(total)
+
+    def matching(self, prefix: str) -> list[str]:
+        """See `Backend`."""
+        rows = self._index.rows("SELECT id FROM records WHERE substr(id, 1, ?) = ?", len(prefix), prefix)
+        return [record_id for (record_id,) in rows]
 
     def ids(self) -> list[str]:
         """See `Backend`."""
-        return [record_id for (record_id,) in self._rows("SELECT id FROM records ORDER BY created, id")]
+        return [record_id for (record_id,) in self._index.rows("SELECT id FROM records ORDER BY created, id")]
 
     def entries(self, ids: Sequence[str]) -> list[Entry | Damage]:
         """See `Backend`."""
         places = ", ".join("?" * len(ids))
         columns = ", ".join(f"CAST({name} AS BLOB)" for name in ("record", "words", "digest"))  # whatever lies there
-        rows = self._rows(f"SELECT id, {columns} FROM records WHERE id IN ({places}) ORDER BY created, id", *ids)
-        return [read_entry(row[0], str(self._index), *row[1:]) for row in rows]
+        rows = self._index.rows(f"SELECT id, {columns} FROM records WHERE id IN ({places}) ORDER BY created, id", *ids)
+        return [read_entry(row[0], str(self._index.path), *row[1:]) for row in rows]
 
-    def load(self, record: Record, *, verify: bool) -> Memory:
+    def load(self, record: Record, *, verify: bool) -> "Memory":
         """See `Backend`; the file is mapped into memory, not read."""
-        path = self._path(record.key)
+        path = self._path(record.file)
         if not path.is_file():
             if self.record(record.id) is None:
                 raise UnknownMemoryError(f"memory {record.id} was removed just now")
-            raise StoreError(f"memory {record.id} has lost its file {path}; remove it and add its text again")
-        return Memory.map(path, verify=verify)
+            raise lost(record.id, str(path))
+        from nugget2d.memory.memory import Memory  # only here: lists do not wait for torch
 
-    def find(self, key: str) -> Memory | None:
-        """See `Backend`."""
-        try:
-            return Memory.map(self._path(key))
-        except MemoryFileError:
-            return None
+        return Memory.map(path, verify=verify, checksum=record.checksum or None)
 
-    def remove(self, record_id: str) -> bool:
+    def find(self, key: str) -> "Memory | None":
         """See `Backend`."""
-        with self._transaction() as db:
-            rows = db.execute("DELETE FROM records WHERE id = ? RETURNING key", (record_id,)).fetchall()
+        for record_id, text in self._index.rows("SELECT id, record FROM records WHERE key = ?", key):
+            with suppress(DamageError, UnknownMemoryError, MemoryFileError):
+                return self.load(read_record(record_id, text), verify=True)
+        return None
+
+    def remove(self, record_id: str, owner: str | None = None) -> bool:
+        """See `Backend`."""
+        with self._index.transaction() as db:
+            rows = db.execute(
+                "DELETE FROM records WHERE id = ? AND ifnull(?, owner) = owner RETURNING file", (record_id, owner)
+            ).fetchall()
+            if rows:
+                db.execute("DELETE FROM tags WHERE id = ?", (record_id,))
         if not rows:
             return False
         # in a separate transaction: a crash in between may leave an orphaned file, but no row without a file
@@ -131,50 +160,93 @@ class Folder:
 
     def verify(self) -> list[Damage]:
         """See `Backend`."""
-        problems = [problem for (problem,) in self._rows("PRAGMA integrity_check")]
-        damages = [Damage("", str(self._index), problem) for problem in problems if problem != "ok"]
+        problems = [problem for (problem,) in self._index.rows("PRAGMA integrity_check")]
+        damages = [Damage("", str(self._index.path), problem) for problem in problems if problem != "ok"]
         reasons: dict[str, str | None] = {}  # of each file, read once for all records that point to it
-        for record_id, key, text, words, digest in self._rows(
-            "SELECT id, key, record, words, digest FROM records ORDER BY created, id"
-        ):
-            if entry_digest(text, words) != digest:
-                damages.append(Damage(record_id, str(self._index), "its record does not match its checksum"))
-            if key not in reasons:
-                reasons[key] = self._problem(key)
-            if (reason := reasons[key]) is not None:
-                damages.append(Damage(record_id, str(self._path(key)), reason))
+        for row in self._all_rows():
+            try:
+                record, place = self._index.checked(row), self._path(row.file)
+                if row.file not in reasons:
+                    reasons[row.file] = self._problem(record)
+                reason = reasons[row.file]
+            except DamageError as error:
+                place, reason = self._index.path, str(error)
+            if reason is not None and self._index.row(row.id) == row:  # else it was removed or mended just now
+                damages.append(Damage(row.id, str(place), reason))
         return damages
 
     def sweep(self) -> Swept:
         """See `Backend`; partly written files are removed too."""
-        sizes = [self._remove_orphan(path, ORPHAN_SECONDS) for path in self._memories.glob("*/*")]
+        self._index.require_here()
+        sizes = [self._remove_orphan(path, ORPHAN_SECONDS) for path in self._files()]
         removed = [size for size in sizes if size is not None]
         return Swept(len(removed), sum(removed))
 
     def place(self, record: Record) -> str:
         """See `Backend`."""
-        return str(self._path(record.key))
+        return str(self._path(record.file))
 
     def close(self) -> None:
         """See `Backend`."""
-        with self._lock:
-            self._db.close()
+        self._index.close()
 
-    def _path(self, key: str) -> Path:
-        return self._memories / key[:2] / f"{key}.nugget"
+    def _path(self, name: str) -> Path:
+        return self._memories / name[:2] / f"{name}.nugget"
 
-    def _problem(self, key: str) -> str | None:
+    def _whole(self, row: Row | None) -> Record | None:
+        """The record of a row, if that and the memory are whole."""
+        if row is None:
+            return None
         try:
-            Memory.map(self._path(key))
-        except NuggetError as error:
+            record = self._index.checked(row)
+            self.load(record, verify=True)
+        except (DamageError, UnknownMemoryError, MemoryFileError):
+            return None
+        return record
+
+    def _in_place_of(self, there: Row, entry: Entry) -> Entry:
+        """An entry for a memory that was lost; if its record can be trusted, what people gave it stays."""
+        try:
+            return replace(entry, record=entry.record.in_place_of(self._index.checked(there)))
+        except DamageError:
+            return entry
+
+    def _problem(self, record: Record) -> str | None:
+        try:
+            self.load(record, verify=True)
+        except UnknownMemoryError:
+            return None
+        except (DamageError, MemoryFileError) as error:
             return str(error)
         return None
 
+    def _all_rows(self) -> Iterator[Row]:
+        after = ""
+        while rows := self._index.some_rows(after, BATCH):
+            yield from rows
+            after = rows[-1].id
+
+    def _files(self) -> Iterator[Path]:
+        """Everything below memories/ that a store writes."""
+        for folder in self._memories.iterdir() if self._is_own(self._memories) else ():
+            if _FOLDER.fullmatch(folder.name) and self._is_own(folder):
+                yield from (path for path in folder.iterdir() if _FILE.fullmatch(path.name))
+
+    @staticmethod
+    def _is_own(folder: Path) -> bool:
+        return folder.is_dir() and not folder.is_symlink()
+
     def _write(self, path: Path, data: bytes) -> None:
         try:
-            if not path.parent.is_dir():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                sync_folder(self._memories)
+            self._index.require_here()  # else folders would be made where there is no store
+            for folder in (self._memories, path.parent):
+                if not folder.is_dir():
+                    folder.mkdir(exist_ok=True)
+                    sync_folder(folder.parent)
+                if not self._is_own(folder):
+                    raise StoreError(
+                        f"{folder} is a link or a file, which a store does not write to; put a folder there"
+                    )
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
         with atomic_write(path) as file:
@@ -182,12 +254,13 @@ class Folder:
 
     def _remove_orphan(self, path: Path, age: float) -> int | None:
         """Remove a file without a record, if it was not written in the last `age` seconds; its size if removed."""
-        with self._transaction() as db:
-            if db.execute("SELECT 1 FROM records WHERE key = ?", (path.stem,)).fetchone():
+        with self._index.transaction() as db:
+            if db.execute("SELECT 1 FROM records WHERE file = ?", (path.stem,)).fetchone():
                 return None
             try:
-                status = path.stat()
-                if status.st_mtime > time.time() - age:
+                status = path.lstat()
+                own = self._is_own(self._memories) and self._is_own(path.parent) and _FILE.fullmatch(path.name)
+                if not own or not stat.S_ISREG(status.st_mode) or status.st_mtime > time.time() - age:
                     return None
                 path.unlink()
             except FileNotFoundError:
@@ -195,75 +268,3 @@ class Folder:
             except OSError as error:
                 raise OutputError(f"cannot remove {path}: {error.strerror or error}") from error
             return status.st_size
-
-    def _rows(self, query: str, *values: str) -> list[tuple]:
-        with self._lock, self._errors():
-            return self._db.execute(query, values).fetchall()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """A write transaction: durable when the block ends, rolled back if it ends by an error."""
-        with self._lock, self._errors():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:  # some errors have rolled it back already
-                    self._db.execute("ROLLBACK")
-                raise
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise StoreError(f"{self._index}: {error}") from error
-
-    def _make(self) -> None:
-        """Create an empty index; of two processes at once, the first succeeds and the other uses its index."""
-        try:
-            new = [folder for folder in (self._memories, *self._memories.parents) if not folder.exists()]
-            self._memories.mkdir(parents=True, exist_ok=True)
-            for folder in new:  # the name of the store must be durable too
-                sync_folder(folder.parent)
-            with tempfile.TemporaryDirectory(dir=self._memories, prefix=".new.") as place, self._errors():
-                index = Path(place, "index.db")
-                db = sqlite3.connect(index, isolation_level=None)
-                db.executescript(_SCHEMA)
-                db.close()
-                with suppress(FileExistsError):
-                    self._index.hardlink_to(index)
-            sync_folder(self._index.parent)
-        except OSError as error:
-            raise StoreError(f"cannot make a store at {self._index.parent}: {error.strerror or error}") from error
-
-    def _open(self) -> sqlite3.Connection:
-        try:
-            db = self._connect("mode=rw")
-        except sqlite3.OperationalError:
-            # In a read-only folder SQLite cannot share memory with writers. Without a log there is no writer, and the
-            # index file is complete.
-            if self._index.with_name("index.db-wal").exists():
-                raise
-            db = self._connect("immutable=1")
-        (application,), (version,) = (
-            db.execute(f"PRAGMA {name}").fetchone() for name in ("application_id", "user_version")
-        )
-        if application != APPLICATION_ID:
-            raise StoreError(f"{self._index} is not the index of a store; give another folder")
-        if version != VERSION:
-            raise StoreError(f"{self._index} has version {version}, this package reads {VERSION}; upgrade it")
-        return db
-
-    def _connect(self, mode: str) -> sqlite3.Connection:
-        db = sqlite3.connect(
-            f"file:{quote(os.fsencode(self._index.absolute()))}?{mode}",
-            uri=True,
-            timeout=BUSY_SECONDS,
-            isolation_level=None,  # transactions begin and end explicitly
-            check_same_thread=False,
-        )
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("SELECT 1 FROM sqlite_master").fetchone()  # connecting does not read the file
-        return db

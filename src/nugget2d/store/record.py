@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from typing import TYPE_CHECKING
 
 from nugget2d.config import Frozen
-from nugget2d.memory.memory import Fingerprint, Memory
+from nugget2d.memory.fingerprint import Fingerprint
 from nugget2d.methods.options import CompressOptions, digest
 from nugget2d.text.visible import escaped
+
+if TYPE_CHECKING:
+    from nugget2d.memory.memory import Memory
 
 
 class Record(Frozen):
@@ -26,6 +30,7 @@ class Record(Frozen):
         nbytes: bytes of keys, values and scales (`Memory.nbytes`).
         model: who can read it.
         settings: how it was made, if that was given.
+        checksum: of the memory (`Memory.checksum`); empty in records of earlier stores.
     """
 
     id: str
@@ -41,12 +46,24 @@ class Record(Frozen):
     nbytes: int
     model: Fingerprint
     settings: CompressOptions | None
+    checksum: str = ""
 
     @staticmethod
     def of(
-        memory: Memory, key: str, *, name: str, tags: Sequence[str], owner: str, settings: CompressOptions | None
+        memory: "Memory",
+        key: str | None,
+        *,
+        name: str,
+        tags: Sequence[str],
+        owner: str,
+        settings: CompressOptions | None,
     ) -> "Record":
-        """A record of `memory`, created now; what UTF-8 cannot hold in its name and tags is escaped."""
+        """A record of `memory`, created now; without a key its checksum is the key.
+
+        What UTF-8 cannot hold in its name and tags is escaped.
+        """
+        checksum = memory.checksum
+        key = key or checksum
         return Record(
             id=record_id(key, owner),
             key=key,
@@ -61,7 +78,17 @@ class Record(Frozen):
             nbytes=memory.nbytes,
             model=memory.fingerprint,
             settings=settings,
+            checksum=checksum,
         )
+
+    @property
+    def file(self) -> str:
+        """The name of the memory's file, where records share files: equal memories have one."""
+        return self.checksum or self.key
+
+    def in_place_of(self, lost: "Record") -> "Record":
+        """This record for a memory that was lost: what people gave that one stays."""
+        return self.model_copy(update={"name": lost.name, "tags": lost.tags})
 
 
 def record_id(key: str, owner: str) -> str:

@@ -4,21 +4,23 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nugget2d.deprecation import moved_argument
-from nugget2d.errors import InputError, UnknownMemoryError
+from nugget2d.errors import DamageWarning, InputError, StoreError, warn
 from nugget2d.files import expand_home
-from nugget2d.memory.memory import Memory
 from nugget2d.methods.options import CompressOptions
-from nugget2d.model import Nugget2D
-from nugget2d.store.backend import Backend, Damage, Entry, Swept
+from nugget2d.store.backend import Backend, Damage, Entry, Page, Swept, Wanted, unknown
 from nugget2d.store.bucket import Bucket
 from nugget2d.store.folder import Folder
 from nugget2d.store.record import Record, record_id
 from nugget2d.store.search import Hit, Search
 from nugget2d.store.words import Words
 from nugget2d.text.visible import escaped
+
+if TYPE_CHECKING:  # lists do not wait for torch
+    from nugget2d.memory.memory import Memory
+    from nugget2d.model import Nugget2D
 
 _DIGITS = re.compile("[0-9a-f]{32}")  # of ids and content addresses, which become parts of paths
 
@@ -45,6 +47,9 @@ class MemoryStore:
             StoreError: there is none, it is not a store, of a newer version, or cannot be opened.
             InputError: a path below ~, and there is no home folder.
         """
+        scheme = str(path).partition("://")[0]
+        if scheme in ("file", "memory"):  # obstore would take them for buckets
+            raise StoreError(f"{path} is no bucket; give the folder of a store as a plain path")
         self._backend: Backend = (
             Bucket(str(path), options) if "://" in str(path) else Folder(expand_home(path), create=create)
         )
@@ -52,9 +57,9 @@ class MemoryStore:
 
     def put(
         self,
-        memory: Memory,
+        memory: "Memory",
         *,
-        model: Nugget2D | None = None,
+        model: "Nugget2D | None" = None,
         key: str | None = None,
         name: str = "",
         tags: Sequence[str] = (),
@@ -76,7 +81,8 @@ class MemoryStore:
                 finds the memory.
 
         Returns:
-            The record; the existing one, unchanged, if this owner has this memory already.
+            The record; the existing one, unchanged, if this owner has this memory already. If that one or its file is
+            damaged or missing, it is written again under its name and tags.
 
         Raises:
             InputError: a key that is no content address.
@@ -85,7 +91,7 @@ class MemoryStore:
         """
         if key is not None and not _DIGITS.fullmatch(key):
             raise InputError(f"{key!r} is no content address; take that of `CompressOptions.address`")
-        record = Record.of(memory, key or memory.checksum, name=name, tags=tags, owner=owner, settings=settings)
+        record = Record.of(memory, key, name=name, tags=tags, owner=owner, settings=settings)
         words = None
         if text is not None:
             words = Words.of_text(memory, text)
@@ -95,7 +101,7 @@ class MemoryStore:
 
     def add(
         self,
-        model: Nugget2D,
+        model: "Nugget2D",
         text: str,
         *,
         name: str = "",
@@ -105,6 +111,8 @@ class MemoryStore:
         **options: Any,
     ) -> Record:
         """Store the memory of a text, which is compressed only if the store has no memory of it made in the same way.
+
+        What is damaged or missing of one that it has is written again.
 
         The arguments are those of `put`; all others are those of `Nugget2D.compress` (method, ratio, dtype, ...), but
         that states are kept as int8 unless `dtype` is given.
@@ -121,10 +129,13 @@ class MemoryStore:
         return self.put(memory, model=model, key=key, name=name, tags=tags, owner=owner, settings=settings, text=text)
 
     def at(self, key: str, *, owner: str = "") -> Record | None:
-        """The record that `owner` has at a content address (`CompressOptions.address`), if there is one."""
-        return self._backend.record(record_id(key, owner))
+        """The record that `owner` has at a content address (`CompressOptions.address`).
 
-    def get(self, id: str, *, owner: str | None = None, verify: bool = True) -> Memory:
+        None if there is none, or if it or its memory is damaged or missing: then `add` and `put` write it again.
+        """
+        return self._backend.whole(record_id(key, owner))
+
+    def get(self, id: str, *, owner: str | None = None, verify: bool = True) -> "Memory":
         """The memory of a record.
 
         In a folder its file is mapped into memory: layers are paged in as they are touched, and processes that
@@ -137,8 +148,8 @@ class MemoryStore:
 
         Raises:
             UnknownMemoryError: there is no such record, or it is another owner's.
-            StoreError: its file is missing.
-            MemoryFileError: its file is damaged.
+            DamageError: it cannot be read, or its file is missing.
+            MemoryFileError: its file is damaged, or another memory's.
         """
         return self._backend.load(self.record(id, owner=owner), verify=verify)
 
@@ -147,27 +158,69 @@ class MemoryStore:
 
         Raises:
             UnknownMemoryError: there is no such record, or it is another owner's.
+            DamageError: it cannot be read.
         """
-        record = self._backend.record(id) if _DIGITS.fullmatch(id) else None
-        if record is None or owner not in (None, record.owner):
-            raise _unknown(id)
+        record = self._backend.record(id, owner) if _DIGITS.fullmatch(id) else None
+        if record is None:
+            raise unknown(id)
         return record
 
-    def records(self, *, owner: str | None = None, tag: str | None = None) -> list[Record]:
-        """All records of an owner, with a tag, oldest first."""
-        return [record for record in self._backend.records() if _wanted(record, owner, tag)]
+    def records(
+        self,
+        *,
+        owner: str | None = None,
+        tag: str | None = None,
+        after: str | None = None,
+        limit: int | None = None,
+        newest_first: bool = False,
+    ) -> list[Record]:
+        """The records of an owner, with a tag, by age.
+
+        Args:
+            owner: see the class.
+            tag: that they have.
+            after: the id of the record before the first one, to go on with a list.
+            limit: how many at most.
+            newest_first: else the oldest.
+
+        Warns:
+            DamageWarning: a record cannot be read and is left out.
+
+        Raises:
+            UnknownMemoryError: there is no record `after`, or it is another owner's.
+            InputError: a limit below 1.
+        """
+        page = self.page(Wanted(owner, _kept(tag), after, limit, newest_first))
+        for damage in page.damages:
+            warn(f"{damage.reason}; the list leaves it out", DamageWarning)
+        return page.records
+
+    def page(self, wanted: Wanted) -> Page:
+        """What `records` returns, together with what it warns of, and whether there are more.
+
+        Raises:
+            UnknownMemoryError, InputError: see `records`.
+        """
+        if wanted.limit is not None and wanted.limit < 1:
+            raise InputError(f"limit must be at least 1, got {wanted.limit}")
+        return self._backend.page(wanted)
+
+    def nbytes(self, *, owner: str) -> int:
+        """Bytes of an owner's memories (`Record.nbytes`), together."""
+        return self._backend.nbytes(owner)
+
+    def matching(self, prefix: str) -> list[str]:
+        """The ids that begin so, those of damaged records too."""
+        return self._backend.matching(prefix)
 
     def remove(self, id: str, *, owner: str | None = None) -> None:
-        """Remove a record; its file is removed with the last record that points to it.
+        """Remove a record, damaged or not; its file is removed with the last record that points to it.
 
         Raises:
             UnknownMemoryError: there is no such record, or it is another owner's.
         """
-        # without an owner to check, a damaged record can be removed too
-        if owner is not None:
-            self.record(id, owner=owner)
-        if not _DIGITS.fullmatch(id) or not self._backend.remove(id):
-            raise _unknown(id)
+        if not _DIGITS.fullmatch(id) or not self._backend.remove(id, owner):
+            raise unknown(id)
 
     @moved_argument("model")
     def search(
@@ -177,7 +230,7 @@ class MemoryStore:
         top: int = 10,
         owner: str | None = None,
         tag: str | None = None,
-        model: Nugget2D | None = None,
+        model: "Nugget2D | None" = None,
     ) -> list[Hit]:
         """The memories most relevant to `query`, best first, each with its best segment.
 
@@ -202,7 +255,7 @@ class MemoryStore:
         """
         if not query.strip():
             raise InputError("the query is empty; give words to search for")
-        return self._search(query, top, owner, tag, model)
+        return self._search(query, top, owner, _kept(tag), model)
 
     def place(self, id: str) -> str:
         """Where the file of a record is: a path that `Memory.load` reads, or a place in the bucket.
@@ -236,9 +289,6 @@ class MemoryStore:
         self.close()
 
 
-def _unknown(id: str) -> UnknownMemoryError:
-    return UnknownMemoryError(f"there is no memory {id!r} in this store")
-
-
-def _wanted(record: Record, owner: str | None, tag: str | None) -> bool:
-    return owner in (None, record.owner) and (tag is None or escaped(tag) in record.tags)
+def _kept(tag: str | None) -> str | None:
+    """A tag as records have it."""
+    return None if tag is None else escaped(tag)
