@@ -117,7 +117,7 @@ class CompressOptions(Frozen):
         """
         return self.addresses(model).of(text)
 
-    def addresses(self, model: Network) -> "Addresses":
+    def addresses(self, model: "Network") -> "Addresses":
         """The addresses of all memories that `model` makes in this way, for when the model is not at hand."""
         base = model.fingerprint
         # the memory depends on encoder and scorer too
