@@ -224,6 +224,17 @@ def test_a_prefill_pauses(llama: Nugget2D, start: Start, monkeypatch: pytest.Mon
         assert torch.allclose(mine.restore(), theirs.restore(), atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::nugget2d.errors.AccuracyWarning")
+@pytest.mark.parametrize("more", [{"exact": True}, {"target_accuracy": 0.5}, {"optimize_steps": 1}])
+def test_what_is_measured_pauses_as_often(
+    llama: Nugget2D, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("nugget2d.methods.nugget.method.STEP_TOKENS", 1)
+    how = CompressOptions.of(llama, **more)
+    pauses = list(how.make().steps(llama, [tiny.TEXT], how.budget))
+    assert len(pauses) >= len(llama.compress(tiny.TEXT).segments) > 1
+
+
 def test_a_compression_is_that_of_compress(llama: Nugget2D, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nugget2d.methods.nugget.method.STEP_TOKENS", 2 * llama.config.window)
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()

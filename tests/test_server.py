@@ -180,6 +180,20 @@ def test_a_form_takes_what_json_takes_and_refuses_what_it_does_not_know(chatting
             assert refused.status_code == 422 and next(iter(wrong)) in refused.json()["error"]["message"]
 
 
+@pytest.mark.filterwarnings("ignore::nugget2d.errors.AccuracyWarning")
+def test_the_ratio_of_the_server_is_for_those_who_give_no_budget(llama: Nugget2D, tmp_path: Path) -> None:
+    with serving(llama, tmp_path, ratio=3) as server:
+
+        def kept(**fields: Any) -> int:
+            body = {"text": tiny.TEXT[:150], **fields}
+            return int(server.http().post("/v1/memories", json=body).json()["num_nuggets"])
+
+        assert kept() == kept(ratio=3) == kept(method="knorm")
+        chosen = llama.compress(tiny.TEXT[:150], target_accuracy=0.5, dtype="int8")
+        assert kept(options={"target_accuracy": 0.5}) == chosen.num_nuggets
+        assert kept(nuggets=10**400) == kept(nbytes=10**400) == kept(ratio=1)
+
+
 def test_messages_that_a_template_refuses_are_a_bad_request(chatting: Nugget2D, tmp_path: Path) -> None:
     model = copy.copy(chatting)
     model.tokenizer = templates.byte_level(templates.MISTRAL_V3)

@@ -226,8 +226,12 @@ def test_a_long_text_is_refused_when_enough_of_it_was_read(llama: Nugget2D) -> N
     looks: list[None] = []
     look = lambda: looks.append(None)  # noqa: E731
     with pytest.raises(LimitError, match="more than 15,000 tokens"):
-        count_tokens(llama.tokenizer, ["a" * 1_000_000], 15_000, look)
+        count_tokens(llama.tokenizer, ["a" * 110_000], 15_000, look)
     assert 1 <= len(looks) <= 8
+    looks.clear()
+    with pytest.raises(LimitError, match="120,001 characters, the server reads 120,000"):  # a token may be 80 of them
+        count_tokens(llama.tokenizer, ["a", "a" * 120_000], 15_000, look)
+    assert not looks
     text = tiny.TEXT * 30
     tokens = len(llama.ids(text)[0])
     assert tokens <= count_tokens(llama.tokenizer, [text, ""], 10 * tokens, look) <= tokens + len(text) // 10_000 + 1

@@ -1,7 +1,7 @@
 """How much of a text a memory may keep: a ratio, a number of nuggets, or bytes."""
 
 from dataclasses import dataclass
-from math import ceil, isfinite
+from math import ceil, inf
 
 from nugget2d.errors import InputError
 
@@ -32,7 +32,7 @@ class Budget:
                 f"a budget is one of ratio, nuggets and nbytes, got {' and '.join(given) or 'none'}; give exactly one"
             )
         for name, value in given.items():
-            if not (value >= 1 and isfinite(value)):
+            if not 1 <= value < inf:  # integers of any size are finite
                 hint = " (1 keeps every token)" if name == "ratio" else ""
                 raise InputError(f"{name} must be at least 1{hint} and finite, got {value}")
 
@@ -51,7 +51,8 @@ class Budget:
             return max(1, ceil(tokens / self.ratio))
         if self.nuggets is not None:
             return min(tokens, self.nuggets)
-        count = int((self.nbytes or 0) // token_nbytes) - fixed
+        all_nbytes = ceil((tokens + fixed) * token_nbytes)
+        count = int(min(self.nbytes or 0, all_nbytes) // token_nbytes) - fixed
         if count < 1:
             needed = ceil((fixed + 1) * token_nbytes)
             raise InputError(f"{self.nbytes} bytes cannot hold a memory, at least {needed:,} are needed; raise nbytes")

@@ -16,6 +16,8 @@ from nugget2d.methods.options import CompressOptions
 from nugget2d.modeling.network import Network
 from nugget2d.text.segmentation import tokenize
 
+# characters that a token has at most, on average: tokens alone do not bound the work, as one may stand for 80 spaces
+CHARS = 8
 PIECE = 10_000  # characters that are tokenized between two looks at the clock
 BODY = 4  # a body, the same in one piece, and as text: of characters outside Latin-1 the latter is larger
 TOKENIZED = 500  # bytes of one token while it is made: its number and text, offsets, and the same in Python
@@ -33,10 +35,12 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], most:
         check: called now and then; it raises where the work is in vain.
 
     Raises:
-        LimitError: there are more.
+        LimitError: there are more, or more than `CHARS` characters for each that is allowed.
         InputError: see `tokenize`.
     """
-    tokens = 0
+    tokens, chars = 0, sum(map(len, texts))
+    if chars > CHARS * most:
+        raise LimitError(f"the text has {chars:,} characters, the server reads {CHARS * most:,}; send less")
     for text in texts:
         for start in range(0, len(text), PIECE):
             check()

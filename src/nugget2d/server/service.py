@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -154,10 +154,13 @@ class Service:
             OutputError, StoreError: see `MemoryStore.put`.
         """
         leave = self._enter(context)
-        given = self._budget(request)
+        given = request.model_dump(include={"method", "dtype", "ratio", "nuggets", "nbytes"})
         if doubled := [name for name in request.options if name in given]:
             raise InputError(f"{', '.join(doubled)} in options: these have fields of their own beside it")
         settings = CompressOptions.to_keep(self._model, **given, **request.options)
+        # the server's ratio in place of the method's, unless the options determine how much is kept
+        if settings.ratio is not None and request.ratio is None:
+            settings = settings.model_copy(update={"ratio": self.settings.ratio})
 
         def begin() -> tuple[str, Record | None, int]:
             key = settings.address(request.text, self._model)
@@ -322,13 +325,6 @@ class Service:
             start = [] if self._model.start_token is None else [self._model.start_token]
             prompt = Prompt("", prompt.ids if prompt.ids[:1] == start else [*start, *prompt.ids])
         return prompt, stop
-
-    def _budget(self, request: MemoryRequest) -> dict[str, Any]:
-        """Method and budget of a request; without a budget the server's ratio."""
-        given = {"ratio": request.ratio, "nuggets": request.nuggets, "nbytes": request.nbytes}
-        if not any(given.values()):
-            given["ratio"] = self.settings.ratio
-        return {"method": request.method, "dtype": request.dtype, **given}
 
     def _prefix_options(self, memory: Memory | None) -> CompressOptions:
         """How the beginning of a long prompt is compressed: so that it can be read behind the memory."""

@@ -8,7 +8,15 @@ from collections.abc import Callable, Generator, Sequence
 from math import ceil
 
 from nugget2d.errors import AccuracyWarning, warn
-from nugget2d.methods.nugget.encoding import EncodeOptions, SegmentResult, batches, encode, logits_limit, measure
+from nugget2d.methods.nugget.encoding import (
+    BATCH_TOKENS,
+    EncodeOptions,
+    SegmentResult,
+    batches,
+    encode,
+    logits_limit,
+    measure,
+)
 from nugget2d.modeling.network import Network
 from nugget2d.text.segmentation import TextSegment
 
@@ -58,14 +66,15 @@ def meet_accuracy(
     target: float,
     options: EncodeOptions,
     on_progress: Callable[[int, int], None] | None,
+    most: int = BATCH_TOKENS,
 ) -> Generator[None, None, list[SegmentResult]]:
     """A measured result of each segment, with as few nuggets as meet `target`; all open searches share batches.
 
-    It pauses after each batch.
+    It pauses after each batch, of at most `most` tokens or one segment.
     """
     searches = [_Search(segment) for segment in segments]
     while rows := [(search, count) for search in searches if (count := search.next) is not None]:
-        for batch in batches([search.segment for search, _ in rows], logits_limit(model)):
+        for batch in batches([search.segment for search, _ in rows], min(most, logits_limit(model))):
             open_searches, counts = zip(*(rows[index] for index in batch), strict=True)
             results = encode(model, [search.segment for search in open_searches], counts, options)
             for search, result in zip(open_searches, measure(model, results), strict=True):

@@ -73,17 +73,17 @@ class NuggetMethod(KVMethod):
         Warns:
             AccuracyWarning: some segments miss `target_accuracy`; they keep the states with the best measured accuracy.
         """
-        return finish(self._compress(model, texts, budget, on_progress))
+        documents = [_cut(model, text, number) for number, text in enumerate(texts)]
+        return finish(self._for(model)._compress(model, documents, budget, on_progress, BATCH_TOKENS))
 
     def steps(self, model: Network, texts: Sequence[str], budget: Budget | None) -> Generator[int, None, list[Memory]]:
         """See `Method`: a few segments at a time, or gradient steps on them."""
         mine = self._for(model)
-        if mine.sets_budget or mine.optimize_steps or mine.exact:
-            size = sum(len(model.ids(text)[0]) for text in texts)
-            pauses = mine._compress(model, texts, budget, None)
-            return (yield from _with_size(pauses, size))
         documents = [_cut(model, text, number) for number, text in enumerate(texts)]
         left = sum(len(segment.ids) for document in documents for segment in document)
+        if mine.sets_budget or mine.optimize_steps or mine.exact:
+            pauses = mine._compress(model, documents, budget, None, STEP_TOKENS)
+            return (yield from _with_size(pauses, left))
         memories = []
         for document in documents:
             results: list[SegmentResult] = []
@@ -105,26 +105,30 @@ class NuggetMethod(KVMethod):
         return self.bound(model)
 
     def _compress(
-        self, model: Network, texts: Sequence[str], budget: Budget | None, on_progress: Progress | None
+        self,
+        model: Network,
+        documents: Sequence[Sequence[TextSegment]],
+        budget: Budget | None,
+        on_progress: Progress | None,
+        most: int,
     ) -> Generator[None, None, list[Memory]]:
-        mine = self._for(model)
-        documents = [_cut(model, text, number) for number, text in enumerate(texts)]
+        """Batches have at most `most` tokens, or one segment."""
         segments = [segment for document in documents for segment in document]
-        if mine.sets_budget:
+        if self.sets_budget:
             if budget is not None:
                 raise InputError(
                     "target_accuracy chooses the ratio: give one of them, or optimize_steps as well, to stop at that "
                     "accuracy"
                 )
-            results = yield from meet_accuracy(model, segments, mine.target_accuracy or 1.0, mine, on_progress)
+            results = yield from meet_accuracy(model, segments, self.target_accuracy or 1.0, self, on_progress, most)
         else:
-            counts = [count for document in documents for count in mine._counts(model, document, budget)]
-            results = yield from mine._encode(model, segments, counts, on_progress)
-        if mine.target_accuracy is not None:
-            remedy = "every ratio was tried" if mine.sets_budget else "optimize longer or lower the ratio"
-            warn_if_missed(results, mine.target_accuracy, remedy)
+            counts = [count for document in documents for count in self._counts(model, document, budget)]
+            results = yield from self._encode(model, segments, counts, on_progress, most)
+        if self.target_accuracy is not None:
+            remedy = "every ratio was tried" if self.sets_budget else "optimize longer or lower the ratio"
+            warn_if_missed(results, self.target_accuracy, remedy)
         ready = iter(results)
-        return [mine._assemble([next(ready) for _ in document]) for document in documents]
+        return [self._assemble([next(ready) for _ in document]) for document in documents]
 
     def _counts(self, model: Network, document: Sequence[TextSegment], budget: Budget | None) -> list[int]:
         """Nuggets of each segment of one text."""
@@ -137,7 +141,12 @@ class NuggetMethod(KVMethod):
         return share_nuggets(lengths, budget.count(sum(lengths), nbytes))
 
     def _encode(
-        self, model: Network, segments: Sequence[TextSegment], counts: Sequence[int], on_progress: Progress | None
+        self,
+        model: Network,
+        segments: Sequence[TextSegment],
+        counts: Sequence[int],
+        on_progress: Progress | None,
+        most: int,
     ) -> Generator[None, None, list[SegmentResult]]:
         def work(batch: list[int]) -> Generator[None, None, list[SegmentResult]]:
             encoded = encode(model, [segments[i] for i in batch], [counts[i] for i in batch], self)
@@ -146,8 +155,8 @@ class NuggetMethod(KVMethod):
                 return (yield from optimize(model, encoded, self.optimize_steps, target))
             return measure(model, encoded) if self.exact else encoded
 
-        limit = optimize_limit(model) if self.optimize_steps else BATCH_TOKENS
-        limit = min(limit, logits_limit(model)) if self.optimize_steps or self.exact else limit
+        limit = min(most, optimize_limit(model)) if self.optimize_steps else most
+        limit = min(limit, logits_limit(model)) if self.exact else limit
         return (yield from _in_batches(segments, limit, work, on_progress))
 
     def _assemble(self, document: Sequence[SegmentResult]) -> Memory:
