@@ -127,7 +127,7 @@ def test_an_attack_is_refused_while_others_are_answered(process: tuple[str, int]
 def test_long_addresses_and_headers(process: tuple[str, int]) -> None:
     url, _ = process
     start = time.perf_counter()
-    assert httpx.get(f"{url}/v1/memories?{'a=1&' * 15_000}", timeout=60).status_code == 200
+    assert httpx.get(f"{url}/v1/memories?{'a=1&' * 15_000}", timeout=60).status_code == 422
     assert httpx.get(f"{url}/v1/memories?tag={'a' * 60_000}", timeout=60).status_code == 200
     assert httpx.get(f"{url}/v1/models/{'a' * 60_000}", timeout=60).status_code == 404
     with suppress(httpx.ReadError):  # the connection is closed before all of it is read
