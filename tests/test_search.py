@@ -150,7 +150,7 @@ def test_an_empty_query_is_refused(notes: MemoryStore) -> None:
 @given(st.text(max_size=30))
 def test_any_text_is_a_query_and_can_be_indexed(text: str) -> None:
     words = Words(texts=(text.encode("utf-8", "replace").decode(),), spans=((0, 9),))
-    INDEX.add([fulltext.Indexed("a", None, words)])
+    INDEX.add([fulltext.Indexed("a", "", None, words)])
     found = list(INDEX.search(text, fulltext.Scope()))
     INDEX.remove(["a"])
     assert len(found) == bool(list(phrases(text)))
@@ -359,6 +359,16 @@ def test_what_is_removed_is_no_longer_found(tmp_path: Path, memory: Memory) -> N
         assert sorted(names(other, "dog")) == ["a", "c"] == sorted(names(store, "dog"))
         put(other, memory, "b", "a cat")
         assert names(store, "cat") == ["b"]
+
+
+def test_what_is_written_again_is_found_as_it_is_now(tmp_path: Path, memory: Memory) -> None:
+    with MemoryStore(tmp_path) as store:
+        for tag, text in (("old", "a dog"), ("new", "a cat")):
+            record = store.put(memory, name=tag, tags=[tag], text=text)
+            assert [hit.record.name for hit in store.search(text[2:], tag=tag)] == [tag]
+            store.remove(record.id)
+        store.put(memory, tags=["new"], text="a cat")
+        assert store.search("cat", tag="old") == store.search("dog") == []
 
 
 def test_searches_and_additions_at_once(tmp_path: Path, memory: Memory) -> None:

@@ -244,7 +244,7 @@ def test_variables_of_the_environment_lead_there(options: dict[str, Any], memory
 def test_what_cannot_be_reached_is_one_clear_error(options: dict[str, Any]) -> None:
     with pytest.raises(StoreError, match=r"s3://nowhere/x: .*NoSuchBucket"):
         MemoryStore("s3://nowhere/x", **options).records()
-    for url in ("bogus://b", "s3://"):
+    for url in ("bogus://b", "s3://", "s3://a b", "://"):
         with pytest.raises(StoreError, match=url):
             MemoryStore(url, **options)
     with pytest.raises(StoreError, match="nonsense"):

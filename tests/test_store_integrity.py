@@ -93,8 +93,19 @@ def lose_tags(folder: Path, id: str, file: Path) -> None:
     change(folder, "DELETE FROM tags WHERE id = ?", id)
 
 
+def change_types(folder: Path, id: str, file: Path) -> None:
+    """SQLite keeps any type in any column."""
+    change(folder, "UPDATE records SET words = 'text', digest = 1, file = x'00', nbytes = 'many' WHERE id = ?", id)
+
+
+def break_text(folder: Path, id: str, file: Path) -> None:
+    """To what is not UTF-8."""
+    change(folder, "UPDATE records SET (key, created, owner, file) = (t, t, t, t) FROM (SELECT CAST(x'ff' AS TEXT) t)")
+    change(folder, "UPDATE tags SET tag = CAST(x'ff' AS TEXT) WHERE id = ?", id)
+
+
 HARM = [lose_file, lose_folder, flip_bit, truncate, link_elsewhere, break_record, change_record, break_words]
-HARM += [change_owner, lose_tags]
+HARM += [change_owner, lose_tags, change_types, break_text]
 
 
 @pytest.mark.parametrize("harm", HARM)
@@ -154,6 +165,16 @@ def test_a_damaged_record_holds_up_no_list(
     with pytest.raises(DamageError, match="add its text again, or remove it"):
         store.get(records[1].id)
     assert {hit.record.id for hit in store.search(llama, TEXT)} <= {record.id for record in records} - {records[1].id}
+
+
+def test_text_that_is_none_holds_up_no_other_record(store: MemoryStore, folder: Path, llama: Nugget2D) -> None:
+    one, two = (store.add(llama, f"{number} {TEXT}", ratio=4, tags=["x"]) for number in range(2))
+    change(folder, "UPDATE records SET id = CAST(x'ff' AS TEXT), owner = CAST(x'ff' AS TEXT) WHERE id = ?", one.id)
+    with pytest.warns(DamageWarning):
+        assert store.records() == [two]
+    assert store.records(owner="") == store.records(tag="x") == [two]
+    assert [hit.record.id for hit in store.search("dog")] == [two.id]
+    assert len(store.verify()) >= 1
 
 
 def test_the_command_line_names_damage_and_goes_on(store: MemoryStore, folder: Path, llama: Nugget2D) -> None:
@@ -295,7 +316,7 @@ def test_a_store_is_made_where_there_are_no_hard_links(
 
 
 def test_addresses_of_folders_are_no_buckets(folder: Path, store: MemoryStore) -> None:
-    for address in (f"file://{folder}", "memory://"):
+    for address in (f"file://{folder}", f"FILE://{folder}", "memory://"):
         with pytest.raises(StoreError, match="plain path"):
             MemoryStore(address)
         fails("store", "list", "--store", address, saying="plain path")

@@ -164,8 +164,8 @@ class Backend(Protocol):
     words_file: Path | None
     """Where the index of a search may lie (fulltext.py); None keeps it in memory."""
 
-    def ids(self) -> list[str]:
-        """Of all records, damaged ones too; in a folder oldest first."""
+    def versions(self) -> dict[str, str]:
+        """By id, of all records, damaged ones too, what changes when one is written again; in a folder oldest first."""
 
     def entries(self, ids: Sequence[str]) -> list[Entry | Damage]:
         """Those of these records, some hundreds at most, that there are, with their words; in the order of `ids`."""

@@ -103,7 +103,10 @@ class Bucket:
         self._url, self._storage = url.rstrip("/"), obstore
         self._failures, self._exists = (BaseError, OSError), AlreadyExistsError
         with self._errors():
-            self._bucket = obstore.store.from_url(url, **options)
+            try:
+                self._bucket = obstore.store.from_url(url, **options)
+            except ValueError as error:
+                raise StoreError(f"{url} is no address of a bucket: {str(error).splitlines()[0]}") from error
         # by name: version of the object, and what it holds if it is not damaged
         self._seen: dict[str, tuple[tuple[object, ...], _Row | None]] = {}
 
@@ -185,9 +188,9 @@ class Bucket:
         """See `Backend`."""
         return sorted(id for id in map(_id, self._list("records/")) if id.startswith(prefix))
 
-    def ids(self) -> list[str]:
+    def versions(self) -> dict[str, str]:
         """See `Backend`."""
-        return [_id(name) for name in self._list("records/")]
+        return {_id(name): str(_version(meta)) for name, meta in self._list("records/").items()}
 
     def entries(self, ids: Sequence[str]) -> list[Entry | Damage]:
         """See `Backend`."""
@@ -274,7 +277,7 @@ class Bucket:
 
     def _rows(self) -> dict[str, _Row | None]:
         """All of records/ by name, None for what is damaged. Each version of an object is fetched once."""
-        listed = {name: (meta["e_tag"], meta["last_modified"]) for name, meta in self._list("records/").items()}
+        listed = {name: _version(meta) for name, meta in self._list("records/").items()}
         new = [name for name, version in listed.items() if self._seen.get(name, (None,))[0] != version]
         seen = {name: self._seen[name] for name in listed.keys() - set(new)}
         with ThreadPoolExecutor(REQUESTS) as pool:
@@ -351,6 +354,10 @@ class Bucket:
 
 def _row_name(record_id: str) -> str:
     return f"records/{record_id}.json"
+
+
+def _version(meta: Mapping[str, Any]) -> tuple[object, ...]:
+    return meta["e_tag"], meta["last_modified"]
 
 
 def _id(row_name: str) -> str:

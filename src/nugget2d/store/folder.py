@@ -115,9 +115,9 @@ class Folder:
         rows = self._index.rows("SELECT id FROM records WHERE substr(id, 1, ?) = ?", len(prefix), prefix)
         return [record_id for (record_id,) in rows]
 
-    def ids(self) -> list[str]:
+    def versions(self) -> dict[str, str]:
         """See `Backend`."""
-        return [record_id for (record_id,) in self._index.rows("SELECT id FROM records ORDER BY created, id")]
+        return dict(self._index.rows("SELECT id, CAST(created AS TEXT) FROM records ORDER BY created, id"))
 
     def entries(self, ids: Sequence[str]) -> list[Entry | Damage]:
         """See `Backend`."""
@@ -148,7 +148,8 @@ class Folder:
         """See `Backend`."""
         with self._index.transaction() as db:
             rows = db.execute(
-                "DELETE FROM records WHERE id = ? AND ifnull(?, owner) = owner RETURNING file", (record_id, owner)
+                "DELETE FROM records WHERE id = ? AND ifnull(?, owner) = owner RETURNING CAST(file AS TEXT)",
+                (record_id, owner),
             ).fetchall()
             if rows:
                 db.execute("DELETE FROM tags WHERE id = ?", (record_id,))
@@ -163,7 +164,7 @@ class Folder:
         problems = [problem for (problem,) in self._index.rows("PRAGMA integrity_check")]
         damages = [Damage("", str(self._index.path), problem) for problem in problems if problem != "ok"]
         reasons: dict[str, str | None] = {}  # of each file, read once for all records that point to it
-        for row in self._all_rows():
+        for number, row in self._all_rows():
             try:
                 record, place = self._index.checked(row), self._path(row.file)
                 if row.file not in reasons:
@@ -171,7 +172,8 @@ class Folder:
                 reason = reasons[row.file]
             except DamageError as error:
                 place, reason = self._index.path, str(error)
-            if reason is not None and self._index.row(row.id) == row:  # else it was removed or mended just now
+            # else it was removed or mended just now
+            if reason is not None and self._index.some_rows(number - 1, 1) == [(number, row)]:
                 damages.append(Damage(row.id, str(place), reason))
         return damages
 
@@ -220,11 +222,11 @@ class Folder:
             return str(error)
         return None
 
-    def _all_rows(self) -> Iterator[Row]:
-        after = ""
+    def _all_rows(self) -> Iterator[tuple[int, Row]]:
+        after = 0
         while rows := self._index.some_rows(after, BATCH):
             yield from rows
-            after = rows[-1].id
+            after = rows[-1][0]
 
     def _files(self) -> Iterator[Path]:
         """Everything below memories/ that a store writes."""
@@ -257,9 +259,11 @@ class Folder:
         with self._index.transaction() as db:
             if db.execute("SELECT 1 FROM records WHERE file = ?", (path.stem,)).fetchone():
                 return None
+            if not _FOLDER.fullmatch(path.parent.name) or not _FILE.fullmatch(path.name):  # as of a damaged record
+                return None
             try:
                 status = path.lstat()
-                own = self._is_own(self._memories) and self._is_own(path.parent) and _FILE.fullmatch(path.name)
+                own = self._is_own(self._memories) and self._is_own(path.parent)
                 if not own or not stat.S_ISREG(status.st_mode) or status.st_mtime > time.time() - age:
                     return None
                 path.unlink()

@@ -26,13 +26,14 @@ from nugget2d.store.record import Record
 from nugget2d.store.words import Words
 
 APPLICATION_ID = 0x6E756777  # "nugw"
-VERSION = 1  # of another one the file is made again, as of a damaged one
+VERSION = 2  # of another one the file is made again, as of a damaged one
 BUSY_SECONDS = 60  # another process adds a batch of records in well under a second
 
 _SCHEMA = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS records (
-    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, owner TEXT, reader TEXT, state TEXT NOT NULL
+    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, version TEXT NOT NULL,
+    owner TEXT, reader TEXT, state TEXT NOT NULL
 );
 CREATE TABLE IF NOT EXISTS tags (tag TEXT NOT NULL, record INTEGER NOT NULL, PRIMARY KEY (tag, record)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS segments (
@@ -63,9 +64,13 @@ class Found(NamedTuple):
 
 
 class Indexed(NamedTuple):
-    """A record, as far as it can be read, with its words or with the state that says why there are none."""
+    """A record, as far as it can be read, with its words or with the state that says why there are none.
+
+    `version` is another one when it is written again.
+    """
 
     id: str
+    version: str
     record: Record | None
     words: Words | str
 
@@ -122,19 +127,20 @@ class FullText:
         self._lock = threading.RLock()
         self._db: sqlite3.Connection | None = None
 
-    def states(self) -> dict[str, str]:
-        """The state of each record, by id; "" if its words are known."""
-        return self._run(lambda db: dict(db.execute("SELECT id, state FROM records")))
+    def states(self) -> dict[str, tuple[str, str]]:
+        """Version and state of each record, by id; the state is "" if its words are known."""
+        query = "SELECT id, version, state FROM records"
+        return self._run(lambda db: {id: (version, state) for id, version, state in db.execute(query)})
 
     def readers(self) -> list[str]:
         """Who can read them, each once."""
         query = "SELECT DISTINCT reader FROM records WHERE reader IS NOT NULL"
         return self._run(lambda db: [reader for (reader,) in db.execute(query)])
 
-    def left_out(self, scope: Scope) -> list[tuple[str, str]]:
-        """Records that have no words: id and state."""
+    def left_out(self, scope: Scope) -> list[tuple[str, str, str]]:
+        """Records that have no words: id, version and state."""
         condition, values = scope.condition
-        query = f"SELECT id, state FROM records WHERE state != '' AND {condition} ORDER BY number"
+        query = f"SELECT id, version, state FROM records WHERE state != '' AND {condition} ORDER BY number"
         return self._run(lambda db: db.execute(query, values).fetchall())
 
     def add(self, entries: Sequence[Indexed]) -> None:
@@ -271,8 +277,8 @@ def _insert(db: sqlite3.Connection, entry: Indexed) -> None:
     owner = None if entry.record is None else entry.record.owner
     state = "" if isinstance(entry.words, Words) else entry.words
     row = db.execute(
-        "INSERT OR IGNORE INTO records (id, owner, reader, state) VALUES (?, ?, ?, ?)",
-        (entry.id, owner, reader, state),
+        "INSERT OR IGNORE INTO records (id, version, owner, reader, state) VALUES (?, ?, ?, ?, ?)",
+        (entry.id, entry.version, owner, reader, state),
     )
     if not row.rowcount:  # another process was faster
         return

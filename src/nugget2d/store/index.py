@@ -13,6 +13,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -133,9 +134,10 @@ class Index:
         """The row of that id, if there is one."""
         return next(map(Row._make, self.rows(f"{_ROWS} WHERE id = ?", record_id)), None)
 
-    def some_rows(self, after: str, count: int) -> list[Row]:
-        """Some rows by id, from the first one after an id."""
-        return [Row(*row) for row in self.rows(f"{_ROWS} WHERE id > ? ORDER BY id LIMIT ?", after, count)]
+    def some_rows(self, after: int, count: int) -> list[tuple[int, Row]]:
+        """Some rows by number, which a row gets whenever it is written, from the first one after a number."""
+        query = f"SELECT rowid, {_COLUMNS} FROM records WHERE rowid > ? ORDER BY rowid LIMIT ?"
+        return [(number, Row(*row)) for number, *row in self.rows(query, after, count)]
 
     def checked(self, row: Row) -> Record:
         """The record of a row, if all that the index holds of it is what was written.
@@ -281,12 +283,16 @@ class Index:
             isolation_level=None,  # transactions begin and end explicitly
             check_same_thread=False,
         )
+        db.text_factory = partial(str, encoding="utf-8", errors="replace")  # damaged text holds up no other row
         db.execute("PRAGMA synchronous = FULL")
         db.execute("SELECT 1 FROM sqlite_master").fetchone()  # connecting does not read the file
         return db
 
 
-_ROWS = f"SELECT {', '.join(Row._fields)} FROM records"
+# SQLite keeps any type in any column: a damaged one is read as what it should be, and fits no checksum
+_TYPES = {"nbytes": "INTEGER", "record": "BLOB", "words": "BLOB", "digest": "BLOB"}
+_COLUMNS = ", ".join(f"CAST({name} AS {_TYPES.get(name, 'TEXT')})" for name in Row._fields)
+_ROWS = f"SELECT {_COLUMNS} FROM records"
 
 
 def insert(db: sqlite3.Connection, row: Row) -> None:

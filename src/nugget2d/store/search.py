@@ -1,6 +1,6 @@
 """`Search`: brings the index of words (fulltext.py) up to date with a store's records, and asks it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -60,34 +60,35 @@ class Search:
         self._index.close()
 
     def _update(self) -> None:
-        """Add what is new, or was damaged; remove what is gone."""
+        """Add what is new, or was damaged; remove what is gone, or was written again, maybe with other tags."""
         # in this order: what another process adds to both in between is not taken for gone
         states = self._index.states()
-        there = self._backend.ids()
-        self._index.remove(states.keys() - set(there))
-        new = [id for id in there if states.get(id, DAMAGED) == DAMAGED]
+        there = self._backend.versions()
+        self._index.remove([id for id, (version, _) in states.items() if there.get(id) != version])
+        new = [id for id, version in there.items() if states.get(id) not in ((version, ""), (version, UNREAD))]
         for start in range(0, len(new), BATCH):
             entries = self._backend.entries(new[start : start + BATCH])
-            self._index.add([_indexed(entry) for entry in entries])
+            self._index.add([_indexed(entry, there) for entry in entries])
 
     def _readers(self, model: "Nugget2D") -> list[str]:
         return [reader for reader in self._index.readers() if model.recognizes(fingerprint_of(reader))]
 
     def _read(self, model: "Nugget2D", scope: Scope) -> None:
         """Index what was kept without words, or by an earlier version with token ids."""
-        for id, state in self._index.left_out(scope):
+        for id, version, state in self._index.left_out(scope):
             if state == UNREAD:
-                self._index.add([self._decoded(entry, model) for entry in self._backend.entries([id])])
+                self._index.add([self._decoded(entry, version, model) for entry in self._backend.entries([id])])
 
-    def _decoded(self, entry: Entry | Damage, model: "Nugget2D") -> Indexed:
+    def _decoded(self, entry: Entry | Damage, version: str, model: "Nugget2D") -> Indexed:
         if isinstance(entry, Damage):
-            return _indexed(entry)
+            return Indexed(entry.id, version, None, DAMAGED)
+        id, record = entry.record.id, entry.record
         try:
-            memory = self._backend.load(entry.record, verify=True)
+            memory = self._backend.load(record, verify=True)
             words = Words.of_tokens(entry.words, memory, model) if entry.words else Words.of_states(memory, model)
         except NuggetError:
-            return Indexed(entry.record.id, entry.record, DAMAGED)
-        return Indexed(entry.record.id, entry.record, words)
+            return Indexed(id, version, record, DAMAGED)
+        return Indexed(id, version, record, words)
 
     def _hits(self, query: str, scope: Scope) -> Iterator[Hit]:
         for found in self._index.search(query, scope):
@@ -98,19 +99,20 @@ class Search:
     def _warn(self, scope: Scope) -> None:
         left_out = self._index.left_out(scope)
         for state, reason in REASONS.items():
-            if ids := [id for id, theirs in left_out if theirs == state]:
+            if ids := [id for id, _, theirs in left_out if theirs == state]:
                 more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
                 warn(f"not searched: {', '.join(ids[:SHOWN])}{more}: {reason}", SearchWarning)
 
 
-def _indexed(entry: Entry | Damage) -> Indexed:
+def _indexed(entry: Entry | Damage, versions: Mapping[str, str]) -> Indexed:
     """What the index needs to know of a record."""
     if isinstance(entry, Damage):
-        return Indexed(entry.id, None, DAMAGED)
+        return Indexed(entry.id, versions[entry.id], None, DAMAGED)
     record, words = entry.record, entry.words
+    version = versions[record.id]
     if not words or are_tokens(words):
-        return Indexed(record.id, record, UNREAD)
+        return Indexed(record.id, version, record, UNREAD)
     try:
-        return Indexed(record.id, record, Words.from_bytes(words))
+        return Indexed(record.id, version, record, Words.from_bytes(words))
     except StoreError:
-        return Indexed(record.id, record, DAMAGED)
+        return Indexed(record.id, version, record, DAMAGED)

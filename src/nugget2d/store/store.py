@@ -47,7 +47,7 @@ class MemoryStore:
             StoreError: there is none, it is not a store, of a newer version, or cannot be opened.
             InputError: a path below ~, and there is no home folder.
         """
-        scheme = str(path).partition("://")[0]
+        scheme = str(path).partition("://")[0].lower()
         if scheme in ("file", "memory"):  # obstore would take them for buckets
             raise StoreError(f"{path} is no bucket; give the folder of a store as a plain path")
         self._backend: Backend = (
