@@ -110,6 +110,12 @@ def test_what_is_no_ordinary_file_is_reported(tmp_path: Path) -> None:
     assert file == ("c.txt", "c")
 
 
+def test_records_in_a_pipe_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(InputError, match="no ordinary file"):
+        count(tmp_path / "a.jsonl")
+
+
 def test_a_folder_that_cannot_be_listed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "closed").mkdir()
     (tmp_path / "a.txt").write_text("a")

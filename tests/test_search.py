@@ -325,6 +325,13 @@ def test_without_a_place_for_a_file_the_index_is_in_memory(tmp_path: Path, memor
         assert len(names(store, "dog")) == 2
 
 
+def test_a_folder_of_any_bytes_is_searched(tmp_path: Path, memory: Memory) -> None:
+    folder = tmp_path / "caf\udce9"
+    with MemoryStore(folder) as store:
+        put(store, memory, "a", "a dog")
+        assert names(store, "dog") == ["a"] and (folder / "words.db").is_file()
+
+
 def test_an_index_that_cannot_be_written_is_copied(tmp_path: Path, memory: Memory, monkeypatch) -> None:
     """Of a read-only folder only what is new is indexed anew, in memory."""
     with MemoryStore(tmp_path) as store:

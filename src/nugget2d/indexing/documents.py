@@ -150,6 +150,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
     if not path.name.lower().endswith((".jsonl", ".jsonl.xz")):
         raise InputError(f"cannot index {path}: give a folder of .txt and .md files, or a .jsonl or .jsonl.xz file")
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe cannot be read twice
+            raise InputError(f"cannot index {path}: it is no ordinary file")
         with _open(path) as file:
             number = 0
             while line := file.readline(MAX_BYTES + 1):

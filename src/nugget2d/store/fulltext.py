@@ -8,6 +8,7 @@ written it lies in memory.
 
 import json
 import math
+import os
 import sqlite3
 import threading
 from collections import Counter, defaultdict
@@ -251,7 +252,7 @@ def _connect(uri: str) -> sqlite3.Connection:
 
 
 def _uri(path: Path) -> str:
-    return f"file:{quote(str(path.absolute()))}"
+    return f"file:{quote(os.fsencode(path.absolute()))}"
 
 
 def _is_current(db: sqlite3.Connection) -> bool:
