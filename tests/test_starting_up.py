@@ -53,7 +53,7 @@ def store(tmp_path: Path) -> str:
     return str(shutil.copytree(Path(__file__).parent / "data" / "v1" / "store", tmp_path / "store"))
 
 
-@pytest.mark.parametrize("command", ["list", "list --json --tag sea", "show cb16", "rm cb16", "gc"])
+@pytest.mark.parametrize("command", ["list", "list --json --tag sea", "show cb16", "search ships", "rm cb16", "gc"])
 def test_a_store_is_listed_without_torch(command: str, store: str) -> None:
     printed = seconds("store", *command.split(), "--store", store, code=COMMAND)[1]
     assert printed.splitlines()[-1] == "['pydantic']"

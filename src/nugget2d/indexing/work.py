@@ -6,7 +6,7 @@ The engines (processes.py, clusters.py) distribute batches of documents to worke
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,9 @@ class Known:
 
     def __call__(self, texts: Sequence[str]) -> list[bool]:
         """Whether the store has each: in threads, as one in a bucket takes a request for each."""
-        keys = map(self.addresses.of, texts)
+        look = partial(self._opened.at, verify=False)
         with ThreadPoolExecutor(max(1, len(texts))) as pool:
-            return [record is not None for record in pool.map(self._opened.at, keys)]
+            return [record is not None for record in pool.map(look, map(self.addresses.of, texts))]
 
 
 class Worker:
@@ -108,8 +108,8 @@ class Worker:
         outcomes: list[Outcome] = [entry for entry in batch if not isinstance(entry, Document)]
         read = [entry for entry in batch if isinstance(entry, Document)]
         keys = [self._settings.address(document.text, self._model) for document in read]
-        # each text once
-        new = {key: document for key, document in zip(keys, read, strict=True) if self._store.at(key) is None}
+        lacking = {key for key in keys if self._store.at(key, verify=False) is None}
+        new = {key: document for key, document in zip(keys, read, strict=True) if key in lacking}  # each text once
         results = dict(zip(new, self._compress([document.text for document in new.values()]), strict=True))
         for key, document in zip(keys, read, strict=True):
             result = results.get(key)

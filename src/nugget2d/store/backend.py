@@ -145,8 +145,11 @@ class Backend(Protocol):
             DamageError: it is damaged.
         """
 
-    def whole(self, record_id: str) -> Record | None:
-        """The record of that id, if there is one and neither it nor its memory is damaged or missing."""
+    def whole(self, record_id: str, *, verify: bool) -> Record | None:
+        """The record of that id, if there is one and neither it nor its memory is damaged or missing.
+
+        Without `verify` the file is not read: it is only there, and not cut off before its states end.
+        """
 
     def page(self, wanted: Wanted) -> Page:
         """A part of the list.

@@ -157,10 +157,10 @@ class Bucket:
             return None
         return record if owner in (None, record.owner) else None
 
-    def whole(self, record_id: str) -> Record | None:
+    def whole(self, record_id: str, *, verify: bool) -> Record | None:
         """See `Backend`."""
         try:
-            return self._whole(record_id)
+            return self._whole(record_id, verify=verify)
         except (DamageError, MemoryFileError):
             return None
 
@@ -309,8 +309,8 @@ class Bucket:
             raise lost(record.id, place)
         return Memory.from_bytes(data, place, checksum=record.checksum or None)
 
-    def _whole(self, record_id: str) -> Record | None:
-        """The record of that id, if there is one.
+    def _whole(self, record_id: str, *, verify: bool = True) -> Record | None:
+        """The record of that id, if there is one; without `verify` its file is not read.
 
         Raises:
             DamageError, MemoryFileError: it, or its memory, is damaged or missing.
@@ -318,7 +318,10 @@ class Bucket:
         if (row := self._row(record_id)) is None:
             return None
         record = row.checked(record_id)
-        self._load(record, row)
+        if verify:
+            self._load(record, row)
+        elif self._size(row.file) <= record.nbytes:
+            raise lost(record.id, f"{self._url}/{row.file}")
         return record
 
     def _proves(self, id: str, owner: str) -> bool:
@@ -330,6 +333,14 @@ class Bucket:
         """A name that is not there is none to delete."""
         with self._errors(), suppress(FileNotFoundError):
             self._storage.delete(self._bucket, name)
+
+    def _size(self, name: str) -> int:
+        """Bytes of an object; 0 if there is none."""
+        with self._errors():
+            try:
+                return int(self._storage.head(self._bucket, name)["size"])
+            except FileNotFoundError:
+                return 0
 
     def _read(self, name: str) -> bytes | None:
         with self._errors():

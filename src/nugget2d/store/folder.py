@@ -84,9 +84,9 @@ class Folder:
             return None
         return read_record(record_id, rows[0][0])
 
-    def whole(self, record_id: str) -> Record | None:
+    def whole(self, record_id: str, *, verify: bool) -> Record | None:
         """See `Backend`."""
-        return self._whole(self._index.row(record_id))
+        return self._whole(self._index.row(record_id), verify=verify)
 
     def page(self, wanted: Wanted) -> Page:
         """See `Backend`."""
@@ -195,16 +195,25 @@ class Folder:
     def _path(self, name: str) -> Path:
         return self._memories / name[:2] / f"{name}.nugget"
 
-    def _whole(self, row: Row | None) -> Record | None:
+    def _whole(self, row: Row | None, *, verify: bool = True) -> Record | None:
         """The record of a row, if that and the memory are whole."""
         if row is None:
             return None
         try:
             record = self._index.checked(row)
-            self.load(record, verify=True)
+            if verify:
+                self.load(record, verify=True)
         except (DamageError, UnknownMemoryError, MemoryFileError):
             return None
-        return record
+        return record if verify or self._is_there(record) else None
+
+    def _is_there(self, record: Record) -> bool:
+        """Whether there is a file of at least the size that the states have."""
+        try:
+            status = self._path(record.file).stat()
+        except OSError:
+            return False
+        return stat.S_ISREG(status.st_mode) and status.st_size > record.nbytes
 
     def _in_place_of(self, there: Row, entry: Entry) -> Entry:
         """An entry for a memory that was lost; if its record can be trusted, what people gave it stays."""

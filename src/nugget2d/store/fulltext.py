@@ -234,8 +234,7 @@ class FullText:
 
     def _forget_file(self) -> bool:
         """Remove a file that cannot be read; False the second time, as if none could be written."""
-        assert self._path is not None
-        if self._removed:
+        if self._path is None or self._removed:
             return False
         self._removed = True
         try:

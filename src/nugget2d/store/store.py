@@ -128,12 +128,18 @@ class MemoryStore:
         memory = self._backend.find(key) or settings.compress(model, [text], on_progress)[0]
         return self.put(memory, model=model, key=key, name=name, tags=tags, owner=owner, settings=settings, text=text)
 
-    def at(self, key: str, *, owner: str = "") -> Record | None:
+    def at(self, key: str, *, owner: str = "", verify: bool = True) -> Record | None:
         """The record that `owner` has at a content address (`CompressOptions.address`).
 
         None if there is none, or if it or its memory is damaged or missing: then `add` and `put` write it again.
+
+        Args:
+            key: the address.
+            owner: see the class.
+            verify: False does not read the memory's file, only looks whether it is there and as long as its states,
+                which is quick enough for thousands of them.
         """
-        return self._backend.whole(record_id(key, owner))
+        return self._backend.whole(record_id(key, owner), verify=verify)
 
     def get(self, id: str, *, owner: str | None = None, verify: bool = True) -> "Memory":
         """The memory of a record.
