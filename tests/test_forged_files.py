@@ -80,6 +80,15 @@ def test_forged_files_of_version_1_are_refused_or_load(name: str) -> None:
     assert load(forged(tensors, header, "2")) is None
 
 
+@kinds
+def test_names_that_would_fill_a_terminal_are_refused(kind: str, model: Nugget2D) -> None:
+    """Errors and listings show them."""
+    tensors, header, _ = parts(MAKERS[kind](model).to_bytes())
+    for part in ("fingerprint", "method"):
+        assert load(forged(tensors, header | {part: header[part] | {"name": "x" * 4096}})) is not None
+        assert load(forged(tensors, header | {part: header[part] | {"name": "x" * 4097}})) is None
+
+
 @pytest.mark.slow
 @kinds
 def test_what_loads_can_be_read_or_is_refused(kind: str, model: Nugget2D) -> None:
@@ -92,7 +101,7 @@ def test_what_loads_can_be_read_or_is_refused(kind: str, model: Nugget2D) -> Non
             lambda forgery: model.generate(memory=forgery, max_new_tokens=2, do_sample=True),
             model.reconstruct,
             lambda forgery: to_json(inspect_memory(model, forgery)),
-            lambda forgery: Words.of(forgery, model).to_bytes(),
+            lambda forgery: Words.of_states(forgery, model).to_bytes(),
             lambda forgery: Memory.join([forgery, memory]),
             lambda forgery: Memory.join([memory, forgery]),
             lambda forgery: model.stream(memory=forgery, recent_window=8).append(" It was."),
@@ -137,7 +146,7 @@ def test_what_only_the_model_knows_is_checked_by_it(change: Callable, reason: st
     for use in (
         lambda: model.score(" It", memory=forgery),
         lambda: model.generate(memory=forgery, max_new_tokens=1),
-        lambda: Words.of(forgery, model),
+        lambda: Words.of_states(forgery, model),
     ):
         with pytest.raises(MismatchError, match=f"cannot read this memory: .*{reason}"):
             use()

@@ -145,6 +145,8 @@ def test_a_misspelt_option_is_told_the_right_one(llama: Nugget2D) -> None:
         ({"max_new_tokens": None}, "max_new_tokens: .*got None"),
         ({"suppress_tokens": list(range(len(tiny.tokenizer())))}, "leave no token"),
         ({"prefix_allowed_tokens_fn": lambda row, ids: []}, "cannot generate with these options"),
+        ({"prefix_allowed_tokens_fn": lambda row, ids: [10**6]}, "cannot generate with these options"),
+        ({"eos_token_id": 10**6, "exponential_decay_length_penalty": (0, 2.0)}, "cannot generate with these options"),
     ],
 )
 def test_values_that_cannot_be_are_refused(llama: Nugget2D, options: dict[str, Any], saying: str) -> None:

@@ -137,3 +137,16 @@ def test_a_bundled_model_is_read_with(calls: list[object]) -> None:
     code, printed, _ = run(["inspect", "--json"], path)
     assert code == 0 and json.loads(printed)["model"] == "nano"
     assert not calls
+
+
+@pytest.mark.parametrize("part", ["base", "tokenizer"])
+def test_a_missing_part_of_a_folder_is_not_looked_for_on_the_hub(
+    part: str, compressor: Path, hub: Path, calls: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the folder `compressor`, "compressor/base" would be a hub id."""
+    monkeypatch.chdir(compressor.parent)
+    shutil.rmtree(compressor / part)
+    for local_files_only in (True, False):
+        with pytest.raises(ModelError):
+            Nugget2D.from_pretrained("compressor", local_files_only=local_files_only)
+    assert not calls

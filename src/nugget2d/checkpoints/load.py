@@ -65,8 +65,8 @@ def load(
     hub: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
     place = on_this_machine(name, revision=revision) if local_files_only else name
     folder = find_compressor(place, revision=revision, token=token)
-    if folder is not None:
-        return _load_compressor(make, folder, base, **hub, **options)
+    if folder is not None:  # as a whole path: a part of it that is missing could otherwise be a hub id
+        return _load_compressor(make, folder.absolute(), base, **hub, **options)
     if base is not None:
         raise InputError(f"{str(name)!r} is a plain language model, not a compressor; leave out base={str(base)!r}")
     loaded = load_base(name, revision=revision, **hub, **options)

@@ -59,7 +59,7 @@ def generate(
                     streamer=streamer,
                     **inputs,
                 )
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, IndexError) as error:
                 if not options:
                     raise
                 raise InputError(f"transformers cannot generate with these options: {error}") from error

@@ -34,7 +34,12 @@ def decode_tokens(model: Network, memory: Memory) -> list[Tensor]:
 
 
 def decode_texts(model: Network, memory: Memory) -> list[str]:
-    """The text of these tokens, segment by segment, with a space wherever some are missing."""
+    """The text of these tokens, segment by segment, with a space wherever some are missing.
+
+    Raises:
+        MismatchError: another model made it.
+    """
+    model.require(memory)
     if isinstance(memory.payload, TextPayload):
         return [memory.payload.text]
     if isinstance(memory.payload, EmbeddingsPayload):

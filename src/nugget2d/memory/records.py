@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from nugget2d.memory.fingerprint import Name
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -40,5 +42,5 @@ class ReaderSpec:
 class MethodRecord:
     """The method that made a memory, by its name in the registry, and its configuration."""
 
-    name: str
+    name: Name
     config: Mapping[str, Any] = field(default_factory=dict)
