@@ -73,6 +73,16 @@ def test_nothing_is_fetched_unasked(
     assert calls
 
 
+def test_attention_code_of_the_hub_is_never_fetched(calls: list[object], tmp_path: Path) -> None:
+    folder = tmp_path / "lm"
+    save(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attn_implementation": "kernels-community/flash-attn"}))
+    with pytest.raises(ModelError, match=r"names attention code of the hub \(kernels-community/flash-attn\)"):
+        Nugget2D.from_pretrained(folder)
+    assert not calls
+
+
 @commands
 def test_what_was_downloaded_before_is_read_with(
     command: list[str], hub: Path, calls: list[object], compressor: Path, tmp_path: Path

@@ -8,7 +8,14 @@ from typing import Any, cast
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nugget2d.checkpoints.gguf import converted, is_gguf
@@ -67,6 +74,7 @@ def load_base(
     files = weight_files(Path(source)) if is_folder else ()
     options = {"device_map": device_map, "quantization_config": quantization_config}
     try:
+        _require_no_kernel(AutoConfig.from_pretrained(source, **NO_CODE, **hub), place)
         auto = cast(Any, AutoModelForCausalLM)
         given = {name: value for name, value in options.items() if value is not None}
         lm, report = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **NO_CODE, **hub, **given)
@@ -96,6 +104,16 @@ def load_tokenizer(place: Path | str, **hub: Any) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(place, **NO_CODE, **hub)
     except _UNUSABLE as error:
         raise _unusable("tokenizer", place, error) from error
+
+
+def _require_no_kernel(config: PreTrainedConfig, place: Path | str) -> None:
+    """Refuse a config that names attention kernels of the hub: transformers would fetch their code and run it."""
+    named = {str(part._attn_implementation) for part in (config, config.get_text_config())}
+    if any("/" in name for name in named):
+        raise ModelError(
+            f"base model {str(place)!r} names attention code of the hub ({', '.join(sorted(named))}), which is never "
+            "fetched; take attn_implementation out of its config.json"
+        )
 
 
 def _unusable(what: str, place: Path | str, error: Exception) -> ModelError:
