@@ -44,6 +44,8 @@ def test_answers_lie_between_none_and_full(model: Nugget2D) -> None:
         memory = model.compress(PARAGRAPH, method=method, ratio=5)
         assert memory.ratio == pytest.approx(5, rel=0.05)
         assert full + 0.5 < nats(model, memory) < none - 0.2
+        assert nats(model, memory.to("int8")) == pytest.approx(nats(model, memory), abs=0.03)
+    assert nats(model, whole.to("int8")) == pytest.approx(full, abs=0.005)
 
 
 def test_the_whole_memory_is_the_text(model: Nugget2D) -> None:

@@ -158,7 +158,7 @@ def test_a_chat_goes_around_a_memory_that_was_made_for_it(chatting: Nugget2D, tm
     whole = [{"role": "user", "content": f"{context}\n\nWho wrote?"}]
     ask = {"model": "tiny", "max_tokens": 8, "temperature": 0}
     with serving(chatting, tmp_path) as server:
-        memory = memory_of(server, context, method="knorm", ratio=1, options={"chat": True})
+        memory = memory_of(server, context, method="knorm", ratio=1, dtype="float32", options={"chat": True})
         chat = server.client().chat.completions
         answer = chat.create(messages=question, extra_body={"memory_ids": [memory]}, **ask)
         assert answer.choices[0].message.content == chat.create(messages=whole, **ask).choices[0].message.content
