@@ -8,6 +8,7 @@ model knows how many layers and heads it has, and its vocabulary (modeling/misfi
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,9 +105,10 @@ def _require_table(payload: KVPayload, segments: Sequence[Segment]) -> None:
     _need(bool(payload.scores.isfinite().all()), "scores are not finite")
     counts, lengths = (torch.tensor([getattr(one, name) for one in segments]) for name in ("num_nuggets", "num_tokens"))
     local = payload.local_positions.long()
-    _need(bool(((local >= 0) & (local < lengths.repeat_interleave(counts))).all()), "a position is outside its segment")
-    begins = (lengths.cumsum(0) - lengths).repeat_interleave(counts)
-    _need(bool((torch.diff(local + begins) > 0).all()), "positions are out of order")
+    segment = _parts(counts)  # of each row
+    _need(bool(((local >= 0) & (local < lengths[segment])).all()), "a position is outside its segment")
+    begins = lengths.cumsum(0) - lengths
+    _need(bool((torch.diff(local + begins[segment]) > 0).all()), "positions are out of order")
     _require_spans(payload.token_spans, segments[-1].end)
 
 
@@ -140,7 +142,7 @@ def _require_heads(heads: HeadSelection, payload: KVPayload, segments: Sequence[
     for layer, rows in enumerate(heads.rows):
         name, mine = f"heads.rows.{layer}", counts[:, layer]  # (segments, heads)
         _require_tensor(rows, name, torch.int32, (int(mine.sum()),))
-        number = torch.arange(mine.shape[1]).repeat_interleave(mine.sum(0))  # of each row's head
+        number = _parts(mine.sum(0))  # of each row's head
         rows = rows.long()
         _need(bool(((rows >= 0) & (rows < ends[-1])).all()), f"{name} has a row that is not in the table")
         _need(bool((torch.diff(number * ends[-1] + rows) > 0).all()), f"{name} is out of order")
@@ -150,6 +152,14 @@ def _require_heads(heads: HeadSelection, payload: KVPayload, segments: Sequence[
         last = torch.zeros(mine.shape[1], dtype=torch.bool)
         last[number[rows == ends[-1] - 1]] = True
         _need(bool(last.all()), f"{name}: a head has dropped the last token")
+
+
+def _parts(counts: Tensor) -> Tensor:
+    """Which part each row belongs to: 0 as often as the first count says, then 1, ...
+
+    (torch's `repeat_interleave` starts threads for a handful of numbers: milliseconds on a busy machine.)
+    """
+    return torch.from_numpy(np.repeat(np.arange(len(counts)), counts.numpy()))
 
 
 def _require_kind(states: States, name: str, dtype: str) -> None:
