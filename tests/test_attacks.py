@@ -119,7 +119,7 @@ def test_an_attack_is_refused_while_others_are_answered(process: tuple[str, int]
         over.set()
         others.join()
     assert response.status_code == status and len(response.content) < 4000, response.text[:300]
-    assert max(times) < 1
+    assert max(times) < 3
     assert memory(number)["VmHWM"] - before < 200
 
 

@@ -214,7 +214,7 @@ def test_a_patch_is_expanded_as_far_as_the_text_is_long(name: str, model: Nugget
     data = BOMBS[name](model)
     begun = time.perf_counter()
     assert load(data) is None
-    assert time.perf_counter() - begun < 2
+    assert time.perf_counter() - begun < 5
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_a_copy_is_expanded_as_far_as_the_text_is_long(copy: bytes, model: Nugge
         begun = time.perf_counter()
         with pytest.raises(MemoryFileError, match="lossless copy in this exact memory is damaged") as caught:
             use()
-        assert time.perf_counter() - begun < 2 and "\n" not in str(caught.value)
+        assert time.perf_counter() - begun < 5 and "\n" not in str(caught.value)
 
 
 @pytest.mark.e2e

@@ -253,10 +253,10 @@ def test_time_limits_hold_while_texts_are_read(llama: Nugget2D, tmp_path: Path) 
             while not all(one.done() for one in asking):
                 start = time.monotonic()
                 assert httpx.get(f"{server.url}/v1/memories", timeout=60).status_code == 200
-                assert time.monotonic() - start < 1
+                assert time.monotonic() - start < 3  # a minute and more before
                 time.sleep(0.05)
         assert [one.result().json()["error"]["code"] for one in asking] == ["time_limit"] * 4
-        assert max(seconds) < 4  # of which the bodies take most
+        assert max(seconds) < 8  # of which the bodies take most
         assert soon(lambda: server.service.room.held == 0)
 
 
