@@ -15,7 +15,7 @@ demo: .venv/demo.stamp
 quick: lint
 	$(PYTEST) -m "not slow and not e2e"
 
-# everything: under six minutes on two cores
+# everything: under eight minutes on two cores
 test: lint
 	$(PYTEST)
 
