@@ -2,7 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,3 +53,12 @@ def serving(model: Nugget2D, folder: Path, keys: tuple[str, ...] = (), **limits:
             thread.join()
             service.close()
             listener.close()
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    """Whether it comes to hold: what the server does after its answer, a client does not wait for."""
+    for _ in range(500):
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False

@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from nugget2d.inference.prompting import Message, render
 from nugget2d.server import batch
 from nugget2d.server.fitting import fit_conversation, fit_text
 from nugget2d.server.settings import Keys
-from serving import Running, serving
+from serving import Running, serving, soon
 
 pytestmark = pytest.mark.e2e
 
@@ -39,15 +39,6 @@ def memory_of(server: Running, text: str, **fields: Any) -> str:
     response = server.http().post("/v1/memories", json={"text": text, **fields})
     assert response.status_code == 201, response.text
     return response.json()["id"]
-
-
-def soon(condition: Callable[[], bool]) -> bool:
-    """Whether it comes to hold: what the server does after its answer, a client does not wait for."""
-    for _ in range(500):
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def idle(server: Running) -> bool:

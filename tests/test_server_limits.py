@@ -21,7 +21,7 @@ from nugget2d.server.connections import FailureLog
 from nugget2d.server.costs import count_tokens
 from nugget2d.server.limits import Places, Quota, Room, default_memory
 from nugget2d.store import MemoryStore
-from serving import Running, serving
+from serving import Running, serving, soon
 
 pytestmark = pytest.mark.e2e
 
@@ -36,15 +36,6 @@ def post(server: Running, path: str, body: dict[str, Any], key: str = "none") ->
 def at_once(count: int, call: Callable[[int], httpx.Response]) -> list[httpx.Response]:
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(call, range(count)))
-
-
-def soon(condition: Callable[[], bool]) -> bool:
-    """Whether it comes to hold."""
-    for _ in range(500):
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
 
 
 # ---- places ----

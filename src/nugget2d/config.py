@@ -2,7 +2,9 @@
 
 from typing import Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+
+from nugget2d.errors import InputError
 
 Adapters = Literal["lora", "copies"]  # how a compressor is trained
 MemoryKind = Literal["nuggets", "pooled"]
@@ -13,6 +15,12 @@ class Frozen(BaseModel):
     """A typed record that cannot change and refuses unknown keys, NaN and infinity, which JSON cannot hold."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def wrong_field(error: ValidationError) -> InputError:
+    """The first argument that does not fit its record, and why."""
+    first = error.errors()[0]
+    return InputError(f"{first['loc'][0]}: {first['msg']}; got {first['input']!r:.60}")
 
 
 class Threshold(Frozen):

@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from transformers import GenerationConfig
 
-from nugget2d.config import Frozen
+from nugget2d.config import Frozen, wrong_field
 from nugget2d.errors import InputError
 from nugget2d.inference.sampling import GREEDY_BELOW
 
@@ -72,8 +72,6 @@ class GenerationOptions(Frozen):
         stop_strings: the answer ends before any of these.
     """
 
-    model_config = ConfigDict(allow_inf_nan=False)
-
     max_new_tokens: int = Field(ge=1)
     do_sample: bool = False
     temperature: float = Field(default=1.0, ge=0)
@@ -118,8 +116,7 @@ class GenerationOptions(Frozen):
         try:
             made = GenerationOptions.model_validate({"max_new_tokens": max_new_tokens, **given})
         except ValidationError as error:
-            first = error.errors()[0]
-            raise InputError(f"{first['loc'][0]}: {first['msg']}; got {first['input']!r:.60}") from error
+            raise wrong_field(error) from error
         made._require_effect()
         return made
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError, model_validator
 
-from nugget2d.config import Frozen
+from nugget2d.config import Frozen, wrong_field
 from nugget2d.deprecation import renamed_keywords
 from nugget2d.errors import InputError
 from nugget2d.methods.budget import Budget
@@ -70,8 +70,7 @@ class CompressOptions(Frozen):
         try:
             how = CompressOptions(method=name, config=config, ratio=ratio, nuggets=nuggets, nbytes=nbytes)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise InputError(f"{first['loc'][0]}: {first['msg']}; got {first['input']!r:.60}") from error
+            raise wrong_field(error) from error
         _ = how.budget  # refused here, before any work
         return how
 

@@ -8,22 +8,21 @@ written it lies in memory.
 
 import json
 import math
-import os
 import sqlite3
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from functools import partial
 from heapq import heapify, heappop
 from pathlib import Path
 from typing import NamedTuple, TypeVar
-from urllib.parse import quote
 
 from nugget2d.errors import StoreError
 from nugget2d.memory.fingerprint import Fingerprint
 from nugget2d.store.folding import fold, phrases
 from nugget2d.store.record import Record
+from nugget2d.store.sqlite import address, transaction
 from nugget2d.store.words import Words
 
 APPLICATION_ID = 0x6E756777  # "nugw"
@@ -148,7 +147,7 @@ class FullText:
         """Add records; one that is there already is replaced if it has no words yet."""
 
         def write(db: sqlite3.Connection) -> None:
-            with _transaction(db):
+            with transaction(db):
                 _remove(db, [entry.id for entry in entries], "state != ''")
                 for entry in entries:
                     _insert(db, entry)
@@ -159,7 +158,7 @@ class FullText:
         """Remove records."""
 
         def write(db: sqlite3.Connection) -> None:
-            with _transaction(db):
+            with transaction(db):
                 _remove(db, ids)
 
         if ids:
@@ -174,7 +173,7 @@ class FullText:
         """
 
         def rank(db: sqlite3.Connection) -> dict[int, float]:
-            with _transaction(db, "DEFERRED"):  # one state of the index for all counts
+            with transaction(db, "DEFERRED"):  # one state of the index for all counts
                 return _scores(db, query, scope)
 
         heap = [(-score, segment) for segment, score in self._run(rank).items()]
@@ -220,11 +219,11 @@ class FullText:
         if self._path is None or not self._in_file:
             db = _connect(":memory:")
             if self._path is not None:
-                with suppress(sqlite3.Error), closing(_connect(f"{_uri(self._path)}?immutable=1")) as file:
+                with suppress(sqlite3.Error), closing(_connect(address(self._path, "immutable=1"))) as file:
                     if _is_current(file):
                         file.backup(db)
         else:
-            db = _connect(f"{_uri(self._path)}?mode=rwc")
+            db = _connect(address(self._path, "mode=rwc"))
             if not _is_current(db) and db.execute("SELECT 1 FROM sqlite_master").fetchone():
                 db.close()
                 raise sqlite3.DatabaseError("another file or version")
@@ -250,25 +249,9 @@ def _connect(uri: str) -> sqlite3.Connection:
     return sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
 
 
-def _uri(path: Path) -> str:
-    return f"file:{quote(os.fsencode(path.absolute()))}"
-
-
 def _is_current(db: sqlite3.Connection) -> bool:
     found = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
     return found == [APPLICATION_ID, VERSION]
-
-
-@contextmanager
-def _transaction(db: sqlite3.Connection, kind: str = "IMMEDIATE") -> Iterator[None]:
-    db.execute(f"BEGIN {kind}")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:  # some errors have rolled it back already
-            db.execute("ROLLBACK")
-        raise
 
 
 def _insert(db: sqlite3.Connection, entry: Indexed) -> None:

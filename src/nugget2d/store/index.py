@@ -7,7 +7,6 @@ A new index is made under another name and then renamed into place, one process 
 had fewer columns, is extended when it is opened; where it cannot be written, a copy in memory is.
 """
 
-import os
 import shutil
 import sqlite3
 import threading
@@ -16,12 +15,12 @@ from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 from nugget2d.errors import DamageError, StoreError, StoreGoneError
 from nugget2d.files import sync_folder
 from nugget2d.store.backend import Entry, Wanted, checked_record, damaged, read_record, unknown
 from nugget2d.store.record import Record, record_id
+from nugget2d.store.sqlite import address, transaction
 
 APPLICATION_ID = 0x6E756732  # "nug2": `file index.db` tells what it is
 VERSION = 3
@@ -120,14 +119,8 @@ class Index:
         """
         with self._lock, self._errors():
             self.require_here()
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
+            with transaction(self._db):
                 yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:  # some errors have rolled it back already
-                    self._db.execute("ROLLBACK")
-                raise
             self.require_here()  # after the commit: what is acknowledged is there
 
     def row(self, record_id: str) -> Row | None:
@@ -277,7 +270,7 @@ class Index:
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         db = sqlite3.connect(
-            f"file:{quote(os.fsencode(self.path.absolute()))}?{mode}",
+            address(self.path, mode),
             uri=True,
             timeout=BUSY_SECONDS,
             isolation_level=None,  # transactions begin and end explicitly
